@@ -1,0 +1,1 @@
+"""From image-text pairs to shards: sources, estimators, and the run on Ray."""

@@ -1,0 +1,1 @@
+"""The demo world: small scenes with exact depth, normals, segments, outlines and captions."""

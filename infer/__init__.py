@@ -1,0 +1,1 @@
+"""The model (joint attention, schedules, intrinsic VAE) and the sampler."""

@@ -1,0 +1,1 @@
+"""Trains what infer runs, on what shards streams."""
