@@ -24,7 +24,11 @@ DebugOption = Annotated[
 def new_app(help_text: str) -> typer.Typer:
     """A typer application with the settings that all our command lines share."""
     return typer.Typer(
-        help=help_text, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
     )
 
 

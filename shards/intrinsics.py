@@ -243,7 +243,12 @@ INTRINSICS: dict[str, Intrinsic] = {
             name="depth", member="depth.png", channels=1, encode=_encode_depth, decode=_decode_depth, valid=_valid_depth
         ),
         Intrinsic(
-            name="normal", member="normal.png", channels=3, encode=_encode_normal, decode=_decode_normal, valid=_valid_normal
+            name="normal",
+            member="normal.png",
+            channels=3,
+            encode=_encode_normal,
+            decode=_decode_normal,
+            valid=_valid_normal,
         ),
         Intrinsic(
             name="segmentation",

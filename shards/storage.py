@@ -14,6 +14,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from shards.errors import UserError
 
+WRITING = ".writing"
+"""The subfolder for files on their way to their final name."""
+
 
 class Folder:
     """A folder on a local disk or in an object store, addressed by names relative to it.
@@ -44,7 +47,7 @@ class Folder:
         return f"{self.path}/{name}"
 
     @contextlib.contextmanager
-    def _explained(self, name: str, action: str) -> Iterator[None]:
+    def explained(self, name: str, action: str) -> Iterator[None]:
         """Turns the errors of file systems into sentences."""
         try:
             yield
@@ -53,26 +56,26 @@ class Folder:
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of a file, or of its range start..end (one range read)."""
-        with self._explained(name, "read"):
+        with self.explained(name, "read"):
             return bytes(self.fs.cat_file(self._full(name), start=start, end=end))
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """A file opened for reading as a stream."""
-        with self._explained(name, "read"), self.fs.open(self._full(name), "rb") as file:
+        with self.explained(name, "read"), self.fs.open(self._full(name), "rb") as file:
             yield file
 
     def exists(self, name: str) -> bool:
-        with self._explained(name, "look for"):
+        with self.explained(name, "look for"):
             return bool(self.fs.exists(self._full(name)))
 
     def size(self, name: str) -> int:
-        with self._explained(name, "read"):
+        with self.explained(name, "read"):
             return int(self.fs.size(self._full(name)))
 
     def list(self, inside: str = "") -> list[str]:
         """The sorted names directly inside this folder (or inside its subfolder `inside`); [] if it does not exist."""
-        with self._explained(inside, "list"):
+        with self.explained(inside, "list"):
             try:
                 self.fs.invalidate_cache()
                 found = self.fs.ls(self._full(inside).rstrip("/"), detail=False)
@@ -82,12 +85,12 @@ class Folder:
 
     def make(self, inside: str = "") -> None:
         """Makes the folder (or its subfolder) if it is not there."""
-        with self._explained(inside, "make the folder"):
+        with self.explained(inside, "make the folder"):
             self.fs.makedirs(self._full(inside).rstrip("/"), exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a whole file; readers see the old one or the new one, never a part."""
-        with self._explained(name, "write"):
+        with self.explained(name, "write"):
             if self.local_path is None:
                 self.fs.pipe_file(self._full(name), data)
                 return
@@ -95,7 +98,7 @@ class Folder:
             temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
             try:
                 _write_to_disk(temporary, data)
-                os.replace(temporary, target)
+                temporary.replace(target)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -103,7 +106,7 @@ class Folder:
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes a file only if there is none of this name; False if there is. Of several writers exactly one wins."""
-        with self._explained(name, "write"):
+        with self.explained(name, "write"):
             if self.local_path is None:
                 try:
                     self.fs.pipe_file(self._full(name), data, mode="create")
@@ -124,21 +127,21 @@ class Folder:
 
     def upload(self, source: Path, name: str) -> None:
         """Brings a finished local file (already on the disk) into the folder, under `name`."""
-        with self._explained(name, "write"):
+        with self.explained(name, "write"):
             if self.local_path is None:
                 self.fs.put_file(str(source), self._full(name))
                 source.unlink()
             else:
-                os.replace(source, self.local_path / name)
+                source.replace(self.local_path / name)
 
     def publish(self, source: str, target: str) -> None:
         """Gives the file `source` the name `target`. Calling it again is harmless: a source that is gone was published."""
-        with self._explained(target, "write"):
+        with self.explained(target, "write"):
             try:
                 if self.local_path is None:
                     self.fs.copy(self._full(source), self._full(target))
                 else:
-                    os.replace(self.local_path / source, self.local_path / target)
+                    (self.local_path / source).replace(self.local_path / target)
                     _sync_folder((self.local_path / target).parent)
             except FileNotFoundError:
                 if not self.fs.exists(self._full(target)):
@@ -146,8 +149,15 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Removes a file or a folder with all that is in it; nothing happens if it is not there."""
-        with self._explained(name, "remove"), contextlib.suppress(FileNotFoundError):
+        with self.explained(name, "remove"), contextlib.suppress(FileNotFoundError):
             self.fs.rm(self._full(name), recursive=True)
+
+    def sweep(self) -> None:
+        """Removes what killed writers left behind. Only for a folder to which nobody writes any more."""
+        self.remove(WRITING)
+        for name in self.list():
+            if name.startswith(".") and name.endswith(".tmp"):
+                self.remove(name)
 
 
 def _write_to_disk(path: Path, data: bytes) -> None:

@@ -1,0 +1,115 @@
+"""Reads a dataset: its description, its commit marks, and single samples through the index."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from shards.errors import UserError
+from shards.marks import DATASET, VERSION, seal, unseal
+from shards.sample import MAX_MEMBER_BYTES, Sample, SampleError
+from shards.storage import Folder
+from shards.tar import read_samples
+from shards.writer import read_mark
+
+
+class Dataset:
+    """A dataset at any fsspec URL. Reading it never runs code from it and never writes."""
+
+    def __init__(self, folder: Folder, info: dict[str, Any]) -> None:
+        self.folder = folder
+        self.info = info
+        """The content of dataset.json."""
+
+    @classmethod
+    def open(cls, url: str) -> "Dataset":
+        """Opens the dataset at `url`. Raises UserError when there is none, MarkError when dataset.json is damaged."""
+        folder = Folder(url)
+        if not folder.exists(DATASET):
+            raise UserError(f"{url} holds no dataset (no {DATASET}); name the folder that `python -m extract` wrote")
+        return cls(folder, unseal(folder.read(DATASET), folder.address(DATASET)))
+
+    @property
+    def members(self) -> list[str]:
+        """The members that every sample has, in their order in the tar."""
+        return list(self.info["members"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run that makes this dataset has ended."""
+        return self.info["totals"] is not None
+
+    def shard_names(self) -> list[str]:
+        """The names of all committed shards, in order."""
+        names = self.folder.list()
+        return [name.removesuffix(".json") for name in names if _is_mark(name)]
+
+    def mark(self, shard: str) -> dict[str, Any]:
+        """The commit mark of one shard. Raises MarkError when it is damaged."""
+        return read_mark(self.folder, shard)
+
+    def marks(self) -> Iterator[dict[str, Any]]:
+        """The marks of all committed shards, in order, one at a time."""
+        for shard in self.shard_names():
+            yield self.mark(shard)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all samples, in order."""
+        for mark in self.marks():
+            yield from mark["index"]
+
+    def read(self, key: str, members: list[str] | None = None) -> Sample:
+        """One sample by key: searches the marks, then makes one range read. Raises UserError if no shard has the key."""
+        for mark in self.marks():
+            if key in mark["index"]:
+                return self.read_at(mark, key, members)
+        raise UserError(
+            f"{self.folder.url} has no sample {key!r}; `python -m shards list --keys {self.folder.url}` shows all"
+        )
+
+    def read_at(self, mark: dict[str, Any], key: str, members: list[str] | None = None) -> Sample:
+        """One sample of the shard whose mark is given, or only some of its members: one range read."""
+        places = mark["index"][key]
+        wanted = {name: places[name] for name in members or places if name in places}
+        start = min(offset for offset, _ in wanted.values())
+        end = max(offset + size for offset, size in wanted.values())
+        if end - start > MAX_MEMBER_BYTES:
+            raise SampleError(
+                f"sample {key} of shard {mark['shard']} has {end - start} bytes, above {MAX_MEMBER_BYTES}"
+            )
+        data = self.folder.read(f"{mark['shard']}.tar", start, end)
+        if len(data) != end - start:
+            raise SampleError(
+                f"{mark['shard']}.tar is truncated: sample {key} is not whole; run `python -m shards verify`"
+            )
+        return Sample(
+            key, {name: data[offset - start : offset - start + size] for name, (offset, size) in wanted.items()}
+        )
+
+    def samples(self, shard: str) -> Iterator[Sample]:
+        """All samples of one shard, read as a stream, one at a time in memory."""
+        with self.folder.open(f"{shard}.tar") as file:
+            for key, members in read_samples(file, self.folder.address(f"{shard}.tar")):
+                yield Sample(key, members)
+
+    def failures(self, shard: str) -> Iterator[dict[str, Any]]:
+        """The input samples of one shard that are not in its tar: key, stage, reason, message."""
+        for number, line in enumerate(self.folder.read(f"{shard}.failed.jsonl").splitlines(), 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                address = self.folder.address(f"{shard}.failed.jsonl")
+                raise UserError(f"{address} line {number} is damaged: {error}") from error
+
+
+def _is_mark(name: str) -> bool:
+    stem, _, suffix = name.partition(".")
+    return suffix == "json" and stem.isdigit()
+
+
+def write_info(folder: Folder, info: dict[str, Any]) -> None:
+    """Writes dataset.json, atomically.
+
+    info: recipe, config, members, image, depth_kind, estimators {intrinsic: fingerprint}, shards and totals (both None
+    until the run has ended).
+    """
+    folder.write(DATASET, seal({"version": VERSION, **info}))
