@@ -33,7 +33,7 @@ def new_app(help_text: str) -> typer.Typer:
 
 
 def run(app: typer.Typer) -> None:
-    """Runs `app` on sys.argv and exits: 0 done, 1 could not finish, 2 wrong usage, 3 too many failures."""
+    """Runs `app` on sys.argv and exits: 0 done, 1 could not finish, 2 wrong usage, 3 too many failures, 130 interrupted."""
     try:
         app()
     except UserError as error:
@@ -41,6 +41,3 @@ def run(app: typer.Typer) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -84,6 +84,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif hint is Path and isinstance(value, str):
         return Path(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UsageError(f"{where} = {value!r} is not of type {getattr(hint, '__name__', hint)}")
