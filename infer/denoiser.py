@@ -1,0 +1,482 @@
+"""A stock diffusers network made to denoise two streams at once, image and intrinsics, and put back again.
+
+    denoiser = JointDenoiser.install(pipeline.unet, lora=read_lora("run/lora.safetensors"))
+    denoiser.prepare(images=B, schedule=Gaussian(), timesteps=..., intrinsics=False)
+    ... the stock pipeline, with batches of G * 2 * B rows: G guidance halves, 2 streams, B images ...
+    denoiser.uninstall()
+
+install() puts our attention processor on every self-attention layer, and wraps the network's forward, which tells the
+processors the weight w(l, t) of their stage. Everything else in these networks treats each row of the batch by itself, so
+the streams meet in self-attention only. Nothing is left to chance: a processor that is gone, or one that is called
+without the wrapper, is an error.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention_processor import Attention
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from infer.attention import attend, joint_attention
+from infer.lora import TARGETS, LoraWeights, StreamLinear, adapter_layers, confine, release
+from infer.schedules import Joint, Schedule
+from infer.stages import StageMap, stage_map_of
+from shards.errors import UserError
+
+Record = Literal["mean", "map"]
+
+
+@dataclass
+class Step:
+    """What the processors must know during one forward of the network."""
+
+    images: int  # B
+    streams: int  # 2, or 1 when only the image's rows are run
+    weights: tuple[float | None, ...]  # by stage - 1: 0.0 or 1.0, or None: the value is in `mixed`
+    mixed: Tensor  # (stages,) or (stages, P) float32 on the network's device
+    record: Record | None = None
+    shares: dict[str, Tensor] = field(default_factory=dict)  # layer -> (P,) or (P, N)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of its attention the image paid to the intrinsics in one layer at one step."""
+
+    timestep: float | tuple[float, ...]  # one, or one per pair (G * B)
+    layer: str
+    stage: int
+    value: Tensor  # float32: (G, B), the mean over heads and queries; or (G, B, N), the mean over heads ("map")
+
+
+class Holder:
+    """Where the wrapper leaves the current step for the processors; None outside a joint forward."""
+
+    step: Step | None = None
+
+    def images(self) -> int | None:
+        """B while both streams are in the batch, else None."""
+        return self.step.images if self.step is not None and self.step.streams == 2 else None
+
+
+class JointProcessor(nn.Module):
+    """Self-attention of one layer over both streams; holds the layer's adapters, so they move with the network."""
+
+    def __init__(self, layer: str, stage: int, holder: Holder, adapters: dict[str, StreamLinear]):
+        super().__init__()
+        self.layer, self.stage, self.holder = layer, stage, holder
+        self.adapters = nn.ModuleDict(adapters)
+
+    def project(self, target: str, base: nn.Module, x: Tensor, step: Step) -> Tensor:
+        """One of the layer's linear maps: base on every row, and the adapter on the intrinsics'."""
+        if step.streams == 1 or target not in self.adapters:
+            return base(x)
+        return self.adapters[target](base, x, step.images)
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(rows, N, C) or (rows, C, h, w) -> the same shape. As the stock processor, but for joint_attention."""
+        step = self.holder.step
+        if step is None:
+            raise UserError(
+                f"joint attention in {self.layer} ran outside of the joint network's forward, whose wrapper is gone: "
+                "call uninstall() and install it again."
+            )
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise UserError(
+                f"joint attention in {self.layer} takes no attention mask and no encoder states: leave them out."
+            )
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        projections = (("q", attn.to_q, attn.norm_q), ("k", attn.to_k, attn.norm_k), ("v", attn.to_v, None))
+        q, k, v = (
+            self.heads(self.project(target, base, hidden_states, step), attn.heads, norm)
+            for target, base, norm in projections
+        )
+        if step.streams == 1:
+            out = attend(q, k, v).transpose(1, 2).flatten(2)
+        else:
+            out = self.joint(q, k, v, step)
+
+        out = attn.to_out[1](self.project("out", attn.to_out[0], out.to(q.dtype), step))
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+    @staticmethod
+    def heads(x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+        """(rows, N, C) -> (rows, H, N, D), normalised where the network does so."""
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return x if norm is None else norm(x)
+
+    def joint(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Rows to pairs, attention, and back. q, k, v: (G*2*B, H, N, D) -> (G*2*B, N, C)."""
+        # laid out as (P, 2, N, H, D), so that joining the streams' tokens is a view
+        q, k, v = (
+            x.transpose(1, 2).unflatten(0, (-1, 2, step.images)).transpose(1, 2).flatten(0, 1).transpose(2, 3)
+            for x in (q, k, v)
+        )
+        known = step.weights[self.stage - 1]
+        weight = step.mixed[self.stage - 1] if known is None else known
+        # the differentiable form wherever a gradient may be asked for: the merged one has none
+        backend: Literal["merge", "bias"] = "bias" if torch.is_grad_enabled() else "merge"
+        out, share = joint_attention(q, k, v, weight, backend=backend, share=step.record is not None)
+        if share is not None:
+            step.shares[self.layer] = share.mean(1) if step.record == "map" else share.mean((1, 2))
+        return out.transpose(2, 3).flatten(3).unflatten(0, (-1, step.images)).transpose(1, 2).flatten(0, 2)
+
+
+class JointDenoiser:
+    """A network with joint attention installed. Made by install(); one per network."""
+
+    def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor], holder: Holder):
+        self.network, self.stages, self.processors, self.holder = network, stages, processors, holder
+        self.schedule: Schedule = Joint()
+        self.images: int | None = None
+        self.record: Record | None = None
+        self.shares: list[Share] = []
+        self._originals: dict[str, Any] = {}
+        self._forward: Callable[..., Any] = network.forward
+        self._wrapper: Callable[..., Any] | None = None
+        self._trainable: dict[str, bool] = {}
+        self._last_active: float | None = None  # image only below this timestep; None: never
+        self._dropped = False
+
+    @classmethod
+    def install(
+        cls,
+        network: nn.Module,
+        *,
+        stages: StageMap | None = None,
+        lora: LoraWeights | None = None,
+        rank: int = 0,
+        alpha: float | None = None,
+        targets: Sequence[str] = tuple(TARGETS),
+        dtype: torch.dtype | None = None,
+    ) -> "JointDenoiser":
+        """Put joint attention on every self-attention layer of a U-Net or PixArt transformer.
+
+        stages: the stage map, the network's own by default. lora: trained adapters, which set rank, alpha and targets;
+        without it `rank` (0: no adapters) makes untrained ones on `targets` (of q, k, v, out), whose output is the base's.
+        dtype: of the adapters, the network's by default. The base's weights are frozen until uninstall().
+        Raises UserError if it is installed already, the stage map misses a layer, or `lora` does not fit.
+        """
+        layers = self_attention_layers(network)
+        if any(isinstance(module.processor, JointProcessor) for module in layers.values()):
+            raise UserError(
+                f"joint attention is already installed on this {type(network).__name__}: uninstall it first."
+            )
+        for name, module in layers.items():
+            if module.added_kv_proj_dim is not None:
+                raise UserError(
+                    f"layer {name} mixes text into its self-attention: joint attention does not know such a base."
+                )
+        if lora is not None:
+            rank, alpha, targets = lora.rank, lora.alpha, lora.targets
+        if unknown := set(targets) - set(TARGETS):
+            raise UserError(f"LoRA target {sorted(unknown)[0]!r} is not one of {', '.join(TARGETS)}.")
+        stages = stages or stage_map_of(network)
+        numbers, holder = stages.of(layers), Holder()
+        processors = {
+            name: JointProcessor(name, numbers[name], holder, _adapters(module, rank, alpha, targets, dtype))
+            for name, module in layers.items()
+        }
+        self = cls(network, stages, processors, holder)
+        if lora is not None:
+            self.load_lora(lora)
+        self._install(layers)
+        return self
+
+    def _install(self, layers: dict[str, Attention]) -> None:
+        self._trainable = {name: p.requires_grad for name, p in self.network.named_parameters()}
+        self.network.requires_grad_(False)
+        for name, module in layers.items():
+            self._originals[name] = module.processor
+            module.set_processor(self.processors[name])
+        original = self._forward
+
+        @torch.compiler.disable(recursive=False)  # the bookkeeping stays in Python; the network inside is compiled
+        @wraps(original)
+        def joint_forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(*args, **kwargs)
+
+        self._instance_forward = self.network.__dict__.get("forward")
+        self._signature = inspect.signature(original)
+        self._wrapper = joint_forward
+        self.network.forward = joint_forward  # type: ignore[method-assign]
+
+    def uninstall(self) -> None:
+        """Restore the network exactly: processors, forward, trainable flags, other people's adapters on every row."""
+        for name, module in self_attention_layers(self.network).items():
+            if isinstance(module.processor, JointProcessor):
+                module._modules.pop("processor")
+                module.processor = self._originals[name]
+        for layer in adapter_layers(self.network).values():
+            release(layer)
+        for module in self.network.modules():
+            if isinstance(getattr(module, "_gradient_checkpointing_func", None), Recall):
+                module._gradient_checkpointing_func = module._gradient_checkpointing_func.original
+        for name, parameter in self.network.named_parameters():
+            if name in self._trainable:
+                parameter.requires_grad_(self._trainable[name])
+        if self.network.__dict__.get("_old_forward") is self._wrapper:  # an offload hook sits on top of ours
+            self.network._old_forward = self._forward
+        elif self.network.__dict__.get("forward") is self._wrapper:
+            del self.network.__dict__["forward"]
+            if self._instance_forward is not None:
+                self.network.__dict__["forward"] = self._instance_forward
+
+    def prepare(
+        self,
+        images: int,
+        schedule: Schedule | None = None,
+        *,
+        timesteps: Iterable[float] | None = None,
+        intrinsics: bool = True,
+        record: Record | None = None,
+    ) -> None:
+        """Tell the network what the next forwards are: B images per guidance half, and the schedule (default: as before).
+
+        intrinsics=False: only the image is wanted, so its rows are run alone from the step on after which all weights are
+        0 (`timesteps`, the whole run's, must be given); the intrinsics' rows of the output are then the image's.
+        record: keep attention shares in self.shares, emptied here: "mean" over heads and queries, or a "map" per query.
+        """
+        if images < 1:
+            raise UserError(f"joint attention was told {images} images: there must be at least one.")
+        self.images, self.record, self.shares = images, record, []
+        self.schedule = schedule or self.schedule
+        self._last_active, self._dropped = None, False
+        if not intrinsics:
+            if timesteps is None:
+                raise UserError(
+                    "dropping the intrinsic stream needs the run's timesteps: pass timesteps=scheduler.timesteps."
+                )
+            times = [float(t) for t in timesteps]
+            active = [t for t in times if any(self.schedule.at(t, self.stages.stages))]
+            self._last_active = min(active, default=float("inf"))
+
+    def check(self) -> int:
+        """UserError unless our processor is on every self-attention layer; returns their number."""
+        layers = self_attention_layers(self.network)
+        wrong = [name for name, module in layers.items() if module.processor is not self.processors.get(name)]
+        if wrong or len(layers) != len(self.processors):
+            raise UserError(
+                f"joint attention is on {len(layers) - len(wrong)} of {len(layers)} self-attention layers"
+                f"{' (missing on ' + wrong[0] + ')' if wrong else ''}: something replaced it; uninstall and install it again."
+            )
+        return len(layers)
+
+    def compile(self, **options: Any) -> None:
+        """torch.compile the network inside the wrapper; options as torch.compile takes them."""
+        self._forward = torch.compile(self._forward, **options)
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The adapters' weights, in a fixed order: all that training may change."""
+        return [p for name in self.processors for p in self.processors[name].parameters()]
+
+    def lora_weights(self) -> LoraWeights:
+        """The adapters under peft's keys (the live tensors, not copies)."""
+        adapters = list(self._adapters())
+        if not adapters:
+            raise UserError("there are no adapters to save: install joint attention with rank > 0.")
+        tensors: dict[str, Tensor] = {}
+        for key, adapter in adapters:
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.down, adapter.up
+        return LoraWeights(tensors, adapters[0][1].rank, adapters[0][1].alpha)
+
+    def load_lora(self, weights: LoraWeights) -> None:
+        """Copy trained adapters in. UserError unless keys and shapes are exactly those of this network."""
+        mine = {f"{key}.lora_{half}.weight" for key, _ in self._adapters() for half in "AB"}
+        if odd := sorted(mine ^ weights.tensors.keys()):
+            where = "lacks" if odd[0] in mine else "has a layer unknown to the base,"
+            raise UserError(f"the LoRA does not fit {type(self.network).__name__}: it {where} {odd[0]}.")
+        for key, adapter in self._adapters():
+            for half, parameter in (("A", adapter.down), ("B", adapter.up)):
+                tensor = weights.tensors[f"{key}.lora_{half}.weight"]
+                if tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"the LoRA does not fit: {key} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}."
+                    )
+                with torch.no_grad():
+                    parameter.copy_(tensor)
+            adapter.alpha = weights.alpha
+
+    def _adapters(self) -> Iterator[tuple[str, StreamLinear]]:
+        for name, processor in self.processors.items():
+            for target, adapter in processor.adapters.items():
+                yield f"{name}.{TARGETS[target]}", adapter  # type: ignore[misc]
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped forward: check, look up w(l, t), run both streams or the image's alone, keep the shares."""
+        self.check()
+        self._confine()
+        if self.images is None:
+            raise UserError(
+                "the joint network was not told how many images a batch holds: call prepare(images=...) first."
+            )
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        sample, timestep = next(iter(arguments.values())), arguments["timestep"]
+        rows = sample.shape[0]
+        if rows % (2 * self.images):
+            raise UserError(f"the batch has {rows} rows, which is not guidance x 2 streams x {self.images} images.")
+        times = self._times(timestep, rows)
+        weights = [self.schedule.at(t, self.stages.stages) for t in times]
+        if self._image_only(times[0], weights[0]):
+            step = Step(self.images, 1, weights[0], sample.new_zeros(0))
+            with self._during(step):
+                return self._widen(
+                    self._forward(*_image_rows(args, rows, self.images), **_image_rows(kwargs, rows, self.images))
+                )
+        step = self._step(weights, sample.device)
+        with self._during(step):
+            output = self._forward(*args, **kwargs)
+        at = times[0] if len(times) == 1 else tuple(times)
+        for layer, share in step.shares.items():
+            stage = self.processors[layer].stage
+            self.shares.append(Share(at, layer, stage, share.detach().unflatten(0, (-1, self.images)).clone()))
+        return output
+
+    def _times(self, timestep: Any, rows: int) -> list[float]:
+        """The batch's timestep, or, where the rows differ, one for each pair (G * B)."""
+        if self.schedule.constant and self._last_active is None and self.record is None:
+            return [0.0]  # it does not matter; no need to wait for the device
+        times = torch.as_tensor(timestep).reshape(-1)
+        if len(times) == rows:
+            assert self.images is not None
+            image, intrinsic = times.unflatten(0, (-1, 2, self.images)).unbind(1)
+            if not torch.equal(image, intrinsic):
+                raise UserError("the streams of a pair have different timesteps: give both the same.")
+            times = image.reshape(-1)
+        elif len(times) != 1:
+            raise UserError(f"there are {len(times)} timesteps for {rows} rows: give one, or one for each row.")
+        values = times.tolist()
+        return values[:1] if len(set(values)) == 1 else values
+
+    def _step(self, weights: list[tuple[float, ...]], device: torch.device) -> Step:
+        assert self.images is not None
+        alike = [len(set(stage)) == 1 and stage[0] in (0.0, 1.0) for stage in zip(*weights, strict=True)]
+        known = tuple(weights[0][i] if same else None for i, same in enumerate(alike))
+        values = torch.tensor(weights, dtype=torch.float32).T
+        mixed = (values[:, 0] if len(weights) == 1 else values).to(device)
+        return Step(self.images, 2, known, mixed, self.record)
+
+    def _image_only(self, timestep: float, weights: tuple[float, ...]) -> bool:
+        if self._last_active is None:
+            return False
+        over = timestep < self._last_active and not any(weights)
+        if self._dropped and not over:
+            raise UserError(
+                f"timestep {timestep} needs the intrinsic stream, which was dropped: call prepare() for a new run."
+            )
+        self._dropped = over
+        return over
+
+    def _widen(self, output: Any) -> Any:
+        """(G*B, ...) image rows -> (G*2*B, ...), the intrinsics' rows being the image's: finite, and never looked at."""
+        images = self.images
+
+        def widen(y: Tensor) -> Tensor:
+            return y.unflatten(0, (-1, 1, images)).expand(-1, 2, *([-1] * y.ndim)).flatten(0, 2)
+
+        if isinstance(output, tuple):
+            return (widen(output[0]), *output[1:])
+        return type(output)(sample=widen(output.sample))
+
+    @contextmanager
+    def _during(self, step: Step) -> Iterator[None]:
+        before, self.holder.step = self.holder.step, step
+        if torch.is_grad_enabled():
+            self._remember_in_checkpoints()
+        try:
+            yield
+        finally:
+            self.holder.step = before
+
+    def _remember_in_checkpoints(self) -> None:
+        """Activation checkpoints run blocks again in backward: make them do so with the step of their forward."""
+        for module in self.network.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(module, "gradient_checkpointing", False) and not isinstance(function, Recall):
+                module._gradient_checkpointing_func = Recall(function, self.holder)
+
+    def _confine(self) -> None:
+        """Other people's adapters: on the image's rows only."""
+        if not getattr(self.network, "peft_config", None):
+            return
+        for name, layer in adapter_layers(self.network).items():
+            if isinstance(layer, LoraLayer) and layer.merged:
+                raise UserError(
+                    f"a LoRA is fused into {name}, where it acts on the intrinsics too: call unfuse_lora() first."
+                )
+            confine(layer, self.holder.images)
+
+
+class Recall:
+    """A checkpoint function that runs its block with the step at hand when it was called, whenever it is run again."""
+
+    def __init__(self, original: Callable[..., Any], holder: Holder):
+        self.original, self.holder = original, holder
+
+    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
+        step, holder = self.holder.step, self.holder
+
+        class Block:  # diffusers calls block.__call__, as of a module
+            def __call__(self, *inner: Any, **kwargs: Any) -> Any:
+                before, holder.step = holder.step, step
+                try:
+                    return block(*inner, **kwargs)
+                finally:
+                    holder.step = before
+
+        return self.original(Block(), *args)
+
+
+def self_attention_layers(network: nn.Module) -> dict[str, Attention]:
+    """Every self-attention layer of the network by name, in the order of its modules."""
+    found = {n: m for n, m in network.named_modules() if isinstance(m, Attention) and not m.is_cross_attention}
+    if not found:
+        raise UserError(f"{type(network).__name__} has no self-attention layers that joint attention knows.")
+    return found
+
+
+def _adapters(
+    attn: Attention, rank: int, alpha: float | None, targets: Sequence[str], dtype: torch.dtype | None
+) -> dict[str, StreamLinear]:
+    def base(path: str) -> nn.Linear:
+        layer: Any = attn.get_submodule(path)
+        return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+    return (
+        {t: StreamLinear(base(path), rank, alpha, dtype) for t, path in TARGETS.items() if t in targets} if rank else {}
+    )
+
+
+def _image_rows(tree: Any, rows: int, images: int) -> Any:
+    """The image's rows of every batched tensor in arguments: (G*2*B, ...) -> (G*B, ...)."""
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
+            return leaf.unflatten(0, (-1, 2, images))[:, 0].flatten(0, 1)
+        return leaf
+
+    return tree_map(pick, tree)

@@ -1,0 +1,138 @@
+"""LoRA that acts on one stream only: ours on the intrinsics, other people's on the image.
+
+StreamLinear is the method's adapter: y = W x for both streams, plus (alpha / r) B A x on the intrinsic stream's rows. It
+holds A and B only and is handed the base layer at each call, so the base network's modules, names and weights stay what
+they are, and stock `load_lora_weights` finds the layers that it looks for, before or after ours is installed.
+
+confine() does the opposite for an adapter layer that peft has put into the network: the image's rows go through it, the
+intrinsics' rows through the base layer below it.
+
+Rows of a network batch are (G, 2, B): G guidance halves, 2 streams (0 image, 1 intrinsics), B images.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from shards.errors import UserError
+
+RANK = 32
+TARGETS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}  # our name -> module inside a self-attention layer
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha inside the file
+
+
+class StreamLinear(nn.Module):
+    """base(x), plus (alpha / rank) B A x on the intrinsic rows. B starts at 0: untrained, it is the base layer."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK, alpha: float | None = None, dtype: torch.dtype | None = None):
+        """Takes sizes, device and (unless given) dtype from `base`, and does not keep it. alpha: rank unless given."""
+        super().__init__()
+        made: dict[str, Any] = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        self.down = nn.Parameter(torch.empty(rank, base.in_features, **made))  # A
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, **made))  # B
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def delta(self, x: Tensor) -> Tensor:
+        """(alpha / rank) B A x. (..., C_in) -> (..., C_out) in the adapter's dtype."""
+        return (x.to(self.down.dtype) @ self.down.mT) @ self.up.mT * (self.alpha / self.rank)
+
+    def forward(self, base: nn.Module, x: Tensor, images: int) -> Tensor:
+        """x: (G*2*B, N, C_in) with B = images -> (G*2*B, N, C_out)."""
+        y = base(x)
+        streams = y.unflatten(0, (-1, 2, images))
+        delta = self.delta(x.unflatten(0, (-1, 2, images))[:, 1]).to(y.dtype)
+        return torch.stack([streams[:, 0], streams[:, 1] + delta], 1).flatten(0, 2)
+
+
+def confine(layer: BaseTunerLayer, images: Callable[[], int | None]) -> None:
+    """Make a peft layer act on the image's rows only. images(): B while a batch holds two streams, else None.
+
+    The layer's own forward is shadowed on this instance, so peft's switches (strengths, enabling, unloading) keep working
+    and unloading the adapter leaves nothing behind. Harmless when repeated.
+    """
+    if "_ildm_forward" in layer.__dict__:
+        return
+    original = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        count = images()
+        if count is None:
+            return original(x, *args, **kwargs)
+        image, intrinsic = x.unflatten(0, (-1, 2, count)).unbind(1)
+        adapted = original(image.flatten(0, 1), *args, **kwargs)
+        plain = layer.get_base_layer()(intrinsic.flatten(0, 1))
+        return torch.stack([adapted.unflatten(0, (-1, count)), plain.unflatten(0, (-1, count))], 1).flatten(0, 2)
+
+    layer.__dict__["_ildm_forward"] = original
+    layer.__dict__["forward"] = forward
+
+
+def release(layer: BaseTunerLayer) -> None:
+    """Undo confine(); harmless when there is nothing to undo."""
+    if layer.__dict__.pop("_ildm_forward", None) is not None:
+        layer.__dict__.pop("forward", None)
+
+
+def adapter_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that peft has put into the network, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """What a lora.safetensors holds: tensors by peft key without prefix ("....attn1.to_q.lora_A.weight"), rank, alpha."""
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    alpha: float
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Which of q, k, v, out the file adapts, in this order."""
+        return tuple(name for name, path in TARGETS.items() if any(f".{path}.lora_A." in key for key in self.tensors))
+
+
+def save_lora(path: str | Path, weights: LoraWeights, prefix: str) -> None:
+    """Write a file that stock diffusers and peft load. prefix: "unet" or "transformer". Other files are left alone."""
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in weights.tensors})
+    described = {"r": weights.rank, "lora_alpha": weights.alpha, "target_modules": modules, "bias": "none"}
+    metadata = {
+        "format": "pt",
+        METADATA_KEY: json.dumps({f"{prefix}.{k}": v for k, v in described.items()}, sort_keys=True),
+    }
+    tensors = {f"{prefix}.{key}": tensor.detach().cpu().contiguous() for key, tensor in weights.tensors.items()}
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def read_lora(path: str | Path) -> LoraWeights:
+    """Read such a file (safetensors only: no code is run). UserError if it is not a LoRA of one rank."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{path} could not be read as a LoRA ({error}): give a lora.safetensors that training wrote."
+        ) from error
+    plain = {key.removeprefix("unet.").removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    ranks = {tensor.shape[0] for key, tensor in plain.items() if key.endswith(".lora_A.weight")}
+    if len(ranks) != 1 or any(not key.endswith((".lora_A.weight", ".lora_B.weight")) for key in plain):
+        raise UserError(
+            f"{path} is not a LoRA of one rank with lora_A and lora_B weights: give one that training wrote."
+        )
+    alphas = [value for key, value in metadata.items() if key.split(".")[-1] == "lora_alpha"]
+    return LoraWeights(plain, ranks.pop(), float(alphas[0]) if alphas else float(next(iter(_ranks(plain)))))
+
+
+def _ranks(tensors: Mapping[str, Tensor]) -> Sequence[int]:
+    return [tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_A.weight")]
