@@ -14,35 +14,20 @@ without the wrapper, is an error.
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from infer.attention import attend, joint_attention
 from infer.lora import TARGETS, LoraWeights, StreamLinear, adapter_layers, confine, release
+from infer.processor import Holder, JointProcessor, Recall, Record, Step, self_attention_layers
 from infer.schedules import Joint, Schedule
 from infer.stages import StageMap, stage_map_of
 from shards.errors import UserError
-
-Record = Literal["mean", "map"]
-
-
-@dataclass
-class Step:
-    """What the processors must know during one forward of the network."""
-
-    images: int  # B
-    streams: int  # 2, or 1 when only the image's rows are run
-    weights: tuple[float | None, ...]  # by stage - 1: 0.0 or 1.0, or None: the value is in `mixed`
-    mixed: Tensor  # (stages,) or (stages, P) float32 on the network's device
-    record: Record | None = None
-    shares: dict[str, Tensor] = field(default_factory=dict)  # layer -> (P,) or (P, N)
 
 
 @dataclass(frozen=True)
@@ -53,97 +38,6 @@ class Share:
     layer: str
     stage: int
     value: Tensor  # float32: (G, B), the mean over heads and queries; or (G, B, N), the mean over heads ("map")
-
-
-class Holder:
-    """Where the wrapper leaves the current step for the processors; None outside a joint forward."""
-
-    step: Step | None = None
-
-    def images(self) -> int | None:
-        """B while both streams are in the batch, else None."""
-        return self.step.images if self.step is not None and self.step.streams == 2 else None
-
-
-class JointProcessor(nn.Module):
-    """Self-attention of one layer over both streams; holds the layer's adapters, so they move with the network."""
-
-    def __init__(self, layer: str, stage: int, holder: Holder, adapters: dict[str, StreamLinear]):
-        super().__init__()
-        self.layer, self.stage, self.holder = layer, stage, holder
-        self.adapters = nn.ModuleDict(adapters)
-
-    def project(self, target: str, base: nn.Module, x: Tensor, step: Step) -> Tensor:
-        """One of the layer's linear maps: base on every row, and the adapter on the intrinsics'."""
-        if step.streams == 1 or target not in self.adapters:
-            return base(x)
-        return self.adapters[target](base, x, step.images)
-
-    def forward(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """(rows, N, C) or (rows, C, h, w) -> the same shape. As the stock processor, but for joint_attention."""
-        step = self.holder.step
-        if step is None:
-            raise UserError(
-                f"joint attention in {self.layer} ran outside of the joint network's forward, whose wrapper is gone: "
-                "call uninstall() and install it again."
-            )
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise UserError(
-                f"joint attention in {self.layer} takes no attention mask and no encoder states: leave them out."
-            )
-        residual, shape = hidden_states, hidden_states.shape
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        if len(shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-
-        projections = (("q", attn.to_q, attn.norm_q), ("k", attn.to_k, attn.norm_k), ("v", attn.to_v, None))
-        q, k, v = (
-            self.heads(self.project(target, base, hidden_states, step), attn.heads, norm)
-            for target, base, norm in projections
-        )
-        if step.streams == 1:
-            out = attend(q, k, v).transpose(1, 2).flatten(2)
-        else:
-            out = self.joint(q, k, v, step)
-
-        out = attn.to_out[1](self.project("out", attn.to_out[0], out.to(q.dtype), step))
-        if len(shape) == 4:
-            out = out.transpose(1, 2).reshape(shape)
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor
-
-    @staticmethod
-    def heads(x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-        """(rows, N, C) -> (rows, H, N, D), normalised where the network does so."""
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-        return x if norm is None else norm(x)
-
-    def joint(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """Rows to pairs, attention, and back. q, k, v: (G*2*B, H, N, D) -> (G*2*B, N, C)."""
-        # laid out as (P, 2, N, H, D), so that joining the streams' tokens is a view
-        q, k, v = (
-            x.transpose(1, 2).unflatten(0, (-1, 2, step.images)).transpose(1, 2).flatten(0, 1).transpose(2, 3)
-            for x in (q, k, v)
-        )
-        known = step.weights[self.stage - 1]
-        weight = step.mixed[self.stage - 1] if known is None else known
-        # the differentiable form wherever a gradient may be asked for: the merged one has none
-        backend: Literal["merge", "bias"] = "bias" if torch.is_grad_enabled() else "merge"
-        out, share = joint_attention(q, k, v, weight, backend=backend, share=step.record is not None)
-        if share is not None:
-            step.shares[self.layer] = share.mean(1) if step.record == "map" else share.mean((1, 2))
-        return out.transpose(2, 3).flatten(3).unflatten(0, (-1, step.images)).transpose(1, 2).flatten(0, 2)
 
 
 class JointDenoiser:
@@ -158,7 +52,7 @@ class JointDenoiser:
         self._originals: dict[str, Any] = {}
         self._forward: Callable[..., Any] = network.forward
         self._wrapper: Callable[..., Any] | None = None
-        self._trainable: dict[str, bool] = {}
+        self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._last_active: float | None = None  # image only below this timestep; None: never
         self._dropped = False
 
@@ -178,7 +72,7 @@ class JointDenoiser:
 
         stages: the stage map, the network's own by default. lora: trained adapters, which set rank, alpha and targets;
         without it `rank` (0: no adapters) makes untrained ones on `targets` (of q, k, v, out), whose output is the base's.
-        dtype: of the adapters, the network's by default. The base's weights are frozen until uninstall().
+        dtype: of the adapters, the network's by default.
         Raises UserError if it is installed already, the stage map misses a layer, or `lora` does not fit.
         """
         layers = self_attention_layers(network)
@@ -208,11 +102,9 @@ class JointDenoiser:
         return self
 
     def _install(self, layers: dict[str, Attention]) -> None:
-        self._trainable = {name: p.requires_grad for name, p in self.network.named_parameters()}
-        self.network.requires_grad_(False)
         for name, module in layers.items():
             self._originals[name] = module.processor
-            module.set_processor(self.processors[name])
+            module.processor = self.processors[name]  # type: ignore[assignment]
         original = self._forward
 
         @torch.compiler.disable(recursive=False)  # the bookkeeping stays in Python; the network inside is compiled
@@ -223,24 +115,24 @@ class JointDenoiser:
         self._instance_forward = self.network.__dict__.get("forward")
         self._signature = inspect.signature(original)
         self._wrapper = joint_forward
-        self.network.forward = joint_forward  # type: ignore[method-assign]
+        self.network.forward = joint_forward
 
     def uninstall(self) -> None:
         """Restore the network exactly: processors, forward, trainable flags, other people's adapters on every row."""
-        for name, module in self_attention_layers(self.network).items():
-            if isinstance(module.processor, JointProcessor):
-                module._modules.pop("processor")
-                module.processor = self._originals[name]
+        for name, attn in self_attention_layers(self.network).items():
+            if isinstance(attn.processor, JointProcessor):
+                attn._modules.pop("processor")
+                attn.processor = self._originals[name]
         for layer in adapter_layers(self.network).values():
             release(layer)
         for module in self.network.modules():
-            if isinstance(getattr(module, "_gradient_checkpointing_func", None), Recall):
-                module._gradient_checkpointing_func = module._gradient_checkpointing_func.original
-        for name, parameter in self.network.named_parameters():
-            if name in self._trainable:
-                parameter.requires_grad_(self._trainable[name])
+            recall = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(recall, Recall):
+                module._gradient_checkpointing_func = recall.original  # type: ignore[assignment]
+        for parameter, before in self._frozen:
+            parameter.requires_grad_(before)
         if self.network.__dict__.get("_old_forward") is self._wrapper:  # an offload hook sits on top of ours
-            self.network._old_forward = self._forward
+            self.network._old_forward = self._forward  # type: ignore[assignment]
         elif self.network.__dict__.get("forward") is self._wrapper:
             del self.network.__dict__["forward"]
             if self._instance_forward is not None:
@@ -290,9 +182,20 @@ class JointDenoiser:
         """torch.compile the network inside the wrapper; options as torch.compile takes them."""
         self._forward = torch.compile(self._forward, **options)
 
+    def freeze(self) -> list[nn.Parameter]:
+        """For training: only the adapters learn, until uninstall(). Returns lora_parameters().
+
+        Not done by install(): torch picks another kernel for weights that need no gradient, and so rounds differently.
+        """
+        adapters = set(self.lora_parameters())
+        self._frozen = [(p, p.requires_grad) for p in self.network.parameters() if p not in adapters]
+        for parameter, _ in self._frozen:
+            parameter.requires_grad_(False)
+        return self.lora_parameters()
+
     def lora_parameters(self) -> list[nn.Parameter]:
         """The adapters' weights, in a fixed order: all that training may change."""
-        return [p for name in self.processors for p in self.processors[name].parameters()]
+        return [p for name in self.processors for p in self.processors[name].adapters.parameters()]
 
     def lora_weights(self) -> LoraWeights:
         """The adapters under peft's keys (the live tensors, not copies)."""
@@ -415,48 +318,20 @@ class JointDenoiser:
     def _remember_in_checkpoints(self) -> None:
         """Activation checkpoints run blocks again in backward: make them do so with the step of their forward."""
         for module in self.network.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
+            function: Any = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(module, "gradient_checkpointing", False) and not isinstance(function, Recall):
-                module._gradient_checkpointing_func = Recall(function, self.holder)
+                module._gradient_checkpointing_func = Recall(function, self.holder)  # type: ignore[assignment]
 
     def _confine(self) -> None:
         """Other people's adapters: on the image's rows only."""
         if not getattr(self.network, "peft_config", None):
             return
         for name, layer in adapter_layers(self.network).items():
-            if isinstance(layer, LoraLayer) and layer.merged:
+            if layer.merged:
                 raise UserError(
                     f"a LoRA is fused into {name}, where it acts on the intrinsics too: call unfuse_lora() first."
                 )
             confine(layer, self.holder.images)
-
-
-class Recall:
-    """A checkpoint function that runs its block with the step at hand when it was called, whenever it is run again."""
-
-    def __init__(self, original: Callable[..., Any], holder: Holder):
-        self.original, self.holder = original, holder
-
-    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
-        step, holder = self.holder.step, self.holder
-
-        class Block:  # diffusers calls block.__call__, as of a module
-            def __call__(self, *inner: Any, **kwargs: Any) -> Any:
-                before, holder.step = holder.step, step
-                try:
-                    return block(*inner, **kwargs)
-                finally:
-                    holder.step = before
-
-        return self.original(Block(), *args)
-
-
-def self_attention_layers(network: nn.Module) -> dict[str, Attention]:
-    """Every self-attention layer of the network by name, in the order of its modules."""
-    found = {n: m for n, m in network.named_modules() if isinstance(m, Attention) and not m.is_cross_attention}
-    if not found:
-        raise UserError(f"{type(network).__name__} has no self-attention layers that joint attention knows.")
-    return found
 
 
 def _adapters(

@@ -12,7 +12,7 @@ Rows of a network batch are (G, 2, B): G guidance halves, 2 streams (0 image, 1 
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def confine(layer: BaseTunerLayer, images: Callable[[], int | None]) -> None:
     """
     if "_ildm_forward" in layer.__dict__:
         return
-    original = layer.forward
+    original: Callable[..., Tensor] = layer.forward  # type: ignore[attr-defined]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         count = images()
@@ -130,9 +130,6 @@ def read_lora(path: str | Path) -> LoraWeights:
         raise UserError(
             f"{path} is not a LoRA of one rank with lora_A and lora_B weights: give one that training wrote."
         )
-    alphas = [value for key, value in metadata.items() if key.split(".")[-1] == "lora_alpha"]
-    return LoraWeights(plain, ranks.pop(), float(alphas[0]) if alphas else float(next(iter(_ranks(plain)))))
-
-
-def _ranks(tensors: Mapping[str, Tensor]) -> Sequence[int]:
-    return [tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_A.weight")]
+    rank = ranks.pop()
+    alphas = [float(value) for key, value in metadata.items() if key.split(".")[-1] == "lora_alpha"]
+    return LoraWeights(plain, rank, alphas[0] if alphas else float(rank))
