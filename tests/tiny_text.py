@@ -1,0 +1,89 @@
+"""Tiny text encoders with their tokenizers, and whole bases saved as real diffusers folders, for tests and benchmarks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from infer.vae import widen
+from tests import tiny
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
+LENGTH = 16  # tokens of a prompt
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding without merges: one token a letter."""
+    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=LENGTH)
+
+
+def clip_text_model(projection: bool = False, seed: int = 1) -> CLIPTextModel | CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=tiny.TEXT // 2 if projection else tiny.TEXT,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        projection_dim=tiny.TEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram model over single letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def t5_encoder(seed: int = 1) -> T5EncoderModel:
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=tiny.TEXT, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def pipeline(name: str) -> Any:
+    """The tiny stock pipeline of tests.tiny, with text encoders: it takes prompts."""
+    made = tiny.PIPELINES[name]()
+    if name.startswith("pixart"):
+        made.register_modules(tokenizer=t5_tokenizer(), text_encoder=t5_encoder())
+    elif name == "sdxl":
+        halves = {"text_encoder": _half_width(), "text_encoder_2": clip_text_model(projection=True)}
+        made.register_modules(tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(), **halves)
+    else:
+        made.register_modules(tokenizer=clip_tokenizer(), text_encoder=clip_text_model())
+    return made
+
+
+def _half_width() -> CLIPTextModel:
+    """SDXL joins the embeddings of its two text encoders: each has half of the width."""
+    config = clip_text_model(projection=True).config
+    torch.manual_seed(2)
+    return CLIPTextModel(config).eval()
+
+
+def save_base(name: str, folder: Path) -> Path:
+    """A base as users have it: a diffusers folder with safetensors."""
+    pipeline(name).save_pretrained(folder)
+    return folder
+
+
+def intrinsic_vae() -> Any:
+    return widen(tiny.vae())
