@@ -1,0 +1,155 @@
+"""Hugging Face datasets as a source: a folder written by `save_to_disk`, an imagefolder, or a dataset of the hub.
+
+A saved folder is read by ranges of rows; everything else by `load_dataset`. With `streaming` (the default for the hub)
+nothing is downloaded beforehand, and one unit is one file of the dataset; without it, units are ranges of rows.
+No code of a dataset is run: `datasets` reads data files only.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from extract.sources import Failure, RawSample, Unit
+from shards.errors import UsageError, UserError
+
+CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "captions", "description", "title")
+
+
+@dataclass(frozen=True)
+class HuggingFaceSource:
+    """dataset: a local folder or a hub id. config, split, revision: as `load_dataset` takes them.
+
+    image, caption: the columns; found by their type and by usual names when not given.
+    """
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    image: str | None = None
+    caption: str | None = None
+    streaming: bool | None = None
+
+    @property
+    def _streams(self) -> bool:
+        return not Path(self.dataset).exists() if self.streaming is None else self.streaming
+
+    @cached_property
+    def _data(self) -> Any:
+        """The datasets.Dataset or IterableDataset, its image column left undecoded."""
+        import datasets
+
+        path = Path(self.dataset)
+        try:
+            if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+                loaded = datasets.load_from_disk(self.dataset)
+            elif path.is_dir() and not any(path.rglob("*.parquet")):
+                loaded = datasets.load_dataset("imagefolder", data_dir=self.dataset, split=self.split)
+            else:
+                loaded = datasets.load_dataset(
+                    self.dataset, self.config, split=self.split, revision=self.revision, streaming=self._streams
+                )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"the Hugging Face dataset {self.dataset!r} cannot be loaded: {error}") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            if self.split not in loaded:
+                raise UsageError(f"{self.dataset!r} has no split {self.split!r}; it has {', '.join(loaded)}")
+            loaded = loaded[self.split]
+        return loaded.cast_column(self._image_column(loaded), datasets.Image(decode=False))
+
+    def _image_column(self, data: Any) -> str:
+        import datasets
+
+        found = [name for name, kind in (data.features or {}).items() if isinstance(kind, datasets.Image)]
+        if self.image:
+            if self.image not in (data.features or {self.image}):
+                raise UsageError(f"{self.dataset!r} has no column {self.image!r}; it has {', '.join(data.features)}")
+            return self.image
+        if len(found) != 1:
+            columns = ", ".join(data.features or ())
+            raise UsageError(f"name the image column of {self.dataset!r} with source.image; its columns are {columns}")
+        return found[0]
+
+    def _caption_column(self) -> str | None:
+        columns = list(self._data.features or ())
+        if self.caption and self.caption not in columns:
+            raise UsageError(f"{self.dataset!r} has no column {self.caption!r}; it has {', '.join(columns)}")
+        return self.caption or next((name for name in CAPTION_COLUMNS if name in columns), None)
+
+    def describe(self) -> dict[str, Any]:
+        fingerprint = getattr(self._data, "_fingerprint", None) if not self._is_stream() else None
+        return {
+            "kind": "huggingface",
+            "dataset": self.dataset,
+            "config": self.config,
+            "split": self.split,
+            "revision": self.revision,
+            "image": self.image,
+            "caption": self.caption,
+            "fingerprint": fingerprint,
+        }
+
+    def _is_stream(self) -> bool:
+        import datasets
+
+        return isinstance(self._data, datasets.IterableDataset)
+
+    def total(self) -> int | None:
+        return None if self._is_stream() else len(self._data)
+
+    def units(self, shard_size: int, limit: int | None = None) -> Iterator[Unit]:
+        """Ranges of rows; of a stream its own files, of which the last that `limit` reaches is cut."""
+        if not self._is_stream():
+            rows = len(self._data) if limit is None else min(limit, len(self._data))
+            for index in range(math.ceil(rows / shard_size)):
+                yield Unit(index, {"start": index * shard_size, "stop": min((index + 1) * shard_size, rows)})
+        elif limit is None:
+            yield from (Unit(index, {"file": index, "first": None}) for index in range(self._data.num_shards))
+        else:
+            left = limit
+            for index in range(self._data.num_shards):
+                if left <= 0:
+                    return
+                count = sum(1 for _ in self._file(index).take(left))
+                yield Unit(index, {"file": index, "first": count})
+                left -= count
+
+    def _file(self, index: int) -> Any:
+        return self._data.shard(num_shards=self._data.num_shards, index=index)
+
+    def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
+        image, caption = self._image_column(self._data), self._caption_column()
+        if "file" in unit.items:
+            rows = self._file(unit.items["file"])
+            rows = rows if unit.items["first"] is None else rows.take(unit.items["first"])
+            keys = (f"{unit.items['file']:06d}-{number:08d}" for number in range(1 << 62))
+        else:
+            start, stop = unit.items["start"], unit.items["stop"]
+            rows = (self._data[row] for row in range(start, stop))
+            keys = (f"{row:09d}" for row in range(start, stop))
+        for key, row in zip(keys, rows, strict=False):
+            yield self._output(key, dict(row), image, caption)
+
+    def _output(self, key: str, row: dict[str, Any], image: str, caption: str | None) -> RawSample | Failure:
+        cell = row.pop(image)
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
+        if data is None and path:
+            # A row can name any file of this machine; only those of the dataset's own folder are read.
+            if not Path(path).resolve().is_relative_to(Path(self.dataset).resolve()):
+                return Failure(key, "read", "outside", f"its image {path} lies outside the dataset {self.dataset}")
+            try:
+                data = Path(path).read_bytes()
+            except OSError as error:
+                return Failure(key, "read", "missing_file", f"its image {path} cannot be read: {error.strerror}")
+        if data is None:
+            return Failure(key, "read", "no_image", f"the column {image!r} is empty")
+        text = row.pop(caption, "") if caption else ""
+        if isinstance(text, list):
+            text = text[0] if text else ""
+        meta = {
+            name: value for name, value in row.items() if value is None or isinstance(value, str | int | float | bool)
+        }
+        return RawSample(key, data, text if isinstance(text, str) else "", meta)
