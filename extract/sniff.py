@@ -1,0 +1,163 @@
+"""What a file is, told by its first bytes and never by its name; and header checks that are made before any decoding."""
+
+import re
+from typing import NamedTuple
+
+_TEXT_START = rb"(?:\xef\xbb\xbf)?\s*"
+_AVIF_BRANDS = rb"....ftyp(?:avif|avis|(?:mif1|msf1).{4}(?:....)*?avi[fs])"
+_SOF_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive: what every JPEG reader can decode
+_SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SOS, _EOI = 0xDA, 0xD9
+
+
+class Kind(NamedTuple):
+    """A kind of content: its name, and the Pillow plugin that reads it ("" if it is refused by name)."""
+
+    name: str
+    plugin: str
+
+
+# (what to match at the start of the file, kind); the first match counts.
+_SIGNATURES: tuple[tuple[re.Pattern[bytes], Kind], ...] = tuple(
+    (re.compile(pattern, re.DOTALL | re.IGNORECASE if pattern.startswith(_TEXT_START) else re.DOTALL), kind)
+    for pattern, kind in (
+        (rb"\xff\xd8\xff", Kind("jpeg", "JPEG")),
+        (rb"\x89PNG\r\n\x1a\n", Kind("png", "PNG")),
+        (rb"RIFF....WEBP", Kind("webp", "WEBP")),
+        (rb"GIF8[79]a", Kind("gif", "GIF")),
+        (rb"BM.{8}....[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00", Kind("bmp", "BMP")),
+        (rb"II\x2a\x00|MM\x00\x2a|II\x2b\x00|MM\x00\x2b", Kind("tiff", "TIFF")),
+        (_AVIF_BRANDS, Kind("avif", "AVIF")),
+        (rb"....ftyp(?:heic|heix|hevc|heim|heis|mif1|msf1)", Kind("HEIC image", "")),
+        (rb"....ftyp", Kind("video", "")),
+        (rb"\x1a\x45\xdf\xa3|RIFF....AVI ", Kind("video", "")),
+        (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", Kind("JPEG XL image", "")),
+        (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", Kind("JPEG 2000 image", "")),
+        (rb"8BPS", Kind("Photoshop document", "")),
+        (rb"P[1-7]\s", Kind("PNM image", "")),
+        (rb"\x00\x00[\x01\x02]\x00", Kind("icon", "")),
+        (rb"%PDF", Kind("PDF document", "")),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", Kind("PostScript document", "")),
+        (
+            _TEXT_START + rb"(?:<\?xml.{0,2000}?)?(?:<!--.{0,2000}?-->\s*)?(?:<!doctype svg|<svg)",
+            Kind("SVG drawing", ""),
+        ),
+    )
+)
+_NOT_IMAGES: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (
+        re.compile(_TEXT_START + rb"(?:<\?xml.{0,500}?)?<(?:!doctype html|html|head|body|script)", re.S | re.I),
+        "an HTML page",
+    ),
+    (re.compile(rb"PK\x03\x04"), "a zip archive"),
+    (re.compile(rb"\x1f\x8b"), "a gzip archive"),
+)
+_HEAD_BYTES = 4096
+
+
+def sniff(data: bytes) -> Kind | None:
+    """The kind of an image or document, or None if the content is none that is known."""
+    head = data[:_HEAD_BYTES]
+    return next((kind for pattern, kind in _SIGNATURES if pattern.match(head)), None)
+
+
+def guess_other(data: bytes) -> str:
+    """Words for content that is not an image, for a message."""
+    head = data[:_HEAD_BYTES]
+    known = next((words for pattern, words in _NOT_IMAGES if pattern.match(head)), None)
+    return known or f"unknown content that starts with {head[:8].hex(' ')}"
+
+
+class JpegHeader(NamedTuple):
+    """What the segments before the first scan say. complete: the scan was reached before the data ended."""
+
+    complete: bool
+    portable: bool
+
+
+def jpeg_header(data: bytes) -> JpegHeader:
+    """Walks the segments of a JPEG up to its first scan. portable: Huffman-coded, so that every reader can decode it."""
+    position, portable = 2, False
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            position += 1  # some writers leave stray bytes between segments, and readers skip them
+            continue
+        marker = data[position + 1]
+        if marker == _SOS:
+            return JpegHeader(complete=True, portable=portable)
+        if marker == _EOI:
+            break
+        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
+            position += 1 if marker == 0xFF else 2
+            continue
+        if marker in _SOF_ALL:
+            portable = marker in _SOF_HUFFMAN
+        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
+    return JpegHeader(complete=False, portable=portable)
+
+
+def jpeg_scans(data: bytes) -> int:
+    """An upper bound of the number of scans: inside compressed data the byte FF is never followed by a marker's code."""
+    return data.count(b"\xff\xda")
+
+
+def webp_canvas(data: bytes) -> tuple[int, int, bool] | None:
+    """(width, height, animated) of a WebP by its first chunk, before a decoder allocates its canvas; None if unreadable."""
+    kind, body = data[12:16], data[20:]
+    if kind == b"VP8X" and len(body) >= 10:
+        return _int24(body[4:7]) + 1, _int24(body[7:10]) + 1, bool(body[0] & 2)
+    if kind == b"VP8L" and len(body) >= 5 and body[0] == 0x2F:
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, False
+    if kind == b"VP8 " and len(body) >= 10 and body[3:6] == b"\x9d\x01\x2a":
+        return _int16(body[6:8]) & 0x3FFF, _int16(body[8:10]) & 0x3FFF, False
+    return None
+
+
+def _int16(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
+_int24 = _int16
+
+
+def is_cut_off(data: bytes, name: str) -> bool:
+    """Whether the container's own lengths say that the file of this kind ends too early."""
+    if name == "jpeg":
+        return not jpeg_header(data).complete
+    if name == "png":
+        return not _png_has_end(data)
+    if name == "webp":
+        return len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if name == "gif":
+        return not data.rstrip(b"\x00").endswith(b";")
+    if name == "bmp":
+        return len(data) < 26
+    if name == "tiff":
+        big_endian = data[:1] == b"M"
+        return len(data) < 8 or int.from_bytes(data[4:8], "big" if big_endian else "little") + 2 > len(data)
+    return _boxes_cut_off(data)
+
+
+def _png_has_end(data: bytes) -> bool:
+    position = 8
+    while position + 12 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
+
+
+def _boxes_cut_off(data: bytes) -> bool:
+    """Whether the last top-level box of an ISO media file (AVIF) reaches beyond the end."""
+    position = 0
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 0:  # to the end of the file
+            return False
+        if size == 1:  # 64-bit size follows
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:
+            return False  # not a length: the file is corrupt rather than cut off
+        position += size
+    return position > len(data)
