@@ -1,7 +1,8 @@
 """Reads a dataset: its description, its commit marks, and single samples through the index."""
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shards.errors import UserError
@@ -104,6 +105,16 @@ class Dataset:
 def _is_mark(name: str) -> bool:
     stem, _, suffix = name.partition(".")
     return suffix == "json" and stem.isdigit()
+
+
+def add_counts(marks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The `totals` of dataset.json: in, ok and failed (by reason) of all marks, added up."""
+    samples_in, ok, failed = 0, 0, Counter[str]()
+    for mark in marks:
+        samples_in += mark["counts"]["in"]
+        ok += mark["counts"]["ok"]
+        failed.update(mark["counts"]["failed"])
+    return {"in": samples_in, "ok": ok, "failed": dict(failed)}
 
 
 def write_info(folder: Folder, info: dict[str, Any]) -> None:
