@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from shards.errors import UserError
@@ -131,7 +131,7 @@ def open_base(name: str, *, dtype: torch.dtype, options: Mapping[str, Any] | Non
     try:
         settings: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True} | dict(options or {})
         pipeline = DiffusionPipeline.from_pretrained(source, **settings)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         advice = "check the folder" if Path(source).is_dir() else "check the id and the network, or pass a local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load the base {source}: {reason}; {advice}") from error

@@ -13,7 +13,8 @@ All other weights, `scaling_factor` and `shift_factor` are the base's. The resul
 and loaded as any other diffusers VAE folder.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +134,14 @@ def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tenso
     return float(config.get("shift_factor") or 0.0), 1.0
 
 
-def needs_float32(vae: nn.Module) -> bool:
-    """Whether this VAE overflows in float16 and must decode in float32 (its config says so, as SDXL's does)."""
-    return vae.dtype == torch.float16 and bool(_config(vae).force_upcast)
+@contextlib.contextmanager
+def full_precision(vae: nn.Module) -> Iterator[None]:
+    """For a while in float32 if this VAE overflows in float16 (its config says so, as SDXL's does); else as it is."""
+    overflows = vae.dtype == torch.float16 and bool(_config(vae).get("force_upcast"))
+    if overflows:
+        vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.to(dtype=torch.float16)
