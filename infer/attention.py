@@ -45,7 +45,7 @@ def joint_attention(
     """
     if backend not in ("merge", "bias"):
         raise UserError(f"joint attention has no backend {backend!r}: use 'merge' or 'bias'.")
-    if isinstance(weight, (int, float)) and not (weight >= 0 and math.isfinite(weight)):
+    if isinstance(weight, (int, float)) and not 0 <= weight < math.inf:
         raise UserError(f"the weight of joint attention is {weight}: it must be a finite number, 0 or more.")
     plain = isinstance(weight, (int, float)) and weight in (0, 1)
     differentiates = torch.is_grad_enabled() and any(

@@ -13,7 +13,6 @@ without the wrapper, is an error.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from infer.lora import TARGETS, LoraWeights, StreamLinear, adapter_layers, confine, release
-from infer.processor import Holder, JointProcessor, Recall, Record, Step, self_attention_layers
+from infer.processor import Holder, JointProcessor, Part, Recall, Record, Step, self_attention_layers
 from infer.schedules import Joint, Schedule
 from infer.stages import StageMap, stage_map_of
 from shards.errors import UserError
@@ -43,8 +42,8 @@ class Share:
 class JointDenoiser:
     """A network with joint attention installed. Made by install(); one per network."""
 
-    def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor], holder: Holder):
-        self.network, self.stages, self.processors, self.holder = network, stages, processors, holder
+    def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor]):
+        self.network, self.stages, self.processors, self.holder = network, stages, processors, Holder()
         self.schedule: Schedule = Joint()
         self.images: int | None = None
         self.record: Record | None = None
@@ -90,12 +89,12 @@ class JointDenoiser:
         if unknown := set(targets) - set(TARGETS):
             raise UserError(f"LoRA target {sorted(unknown)[0]!r} is not one of {', '.join(TARGETS)}.")
         stages = stages or stage_map_of(network)
-        numbers, holder = stages.of(layers), Holder()
+        numbers = stages.of(layers)
         processors = {
-            name: JointProcessor(name, numbers[name], holder, _adapters(module, rank, alpha, targets, dtype))
+            name: JointProcessor(name, numbers[name], _adapters(module, rank, alpha, targets, dtype))
             for name, module in layers.items()
         }
-        self = cls(network, stages, processors, holder)
+        self = cls(network, stages, processors)
         if lora is not None:
             self.load_lora(lora)
         self._install(layers)
@@ -238,25 +237,22 @@ class JointDenoiser:
                 "the joint network was not told how many images a batch holds: call prepare(images=...) first."
             )
         arguments = self._signature.bind(*args, **kwargs).arguments
-        sample, timestep = next(iter(arguments.values())), arguments["timestep"]
-        rows = sample.shape[0]
+        rows = next(iter(arguments.values())).shape[0]
         if rows % (2 * self.images):
             raise UserError(f"the batch has {rows} rows, which is not guidance x 2 streams x {self.images} images.")
-        times = self._times(timestep, rows)
+        times = self._times(arguments["timestep"], rows)
         weights = [self.schedule.at(t, self.stages.stages) for t in times]
-        if self._image_only(times[0], weights[0]):
-            step = Step(self.images, 1, weights[0], sample.new_zeros(0))
-            with self._during(step):
-                return self._widen(
-                    self._forward(*_image_rows(args, rows, self.images), **_image_rows(kwargs, rows, self.images))
-                )
-        step = self._step(weights, sample.device)
-        with self._during(step):
+        if self._image_only(times, weights):
+            with self._step(1, [0] * self.stages.stages).during():
+                args, kwargs = _image_rows((args, kwargs), rows, self.images)
+                return _both_rows(self._forward(*args, **kwargs), self.images)
+        if torch.is_grad_enabled():
+            self._remember_in_checkpoints()
+        device = next(iter(arguments.values())).device
+        step = self._step(2, _stage_weights(weights, device))
+        with step.during():
             output = self._forward(*args, **kwargs)
-        at = times[0] if len(times) == 1 else tuple(times)
-        for layer, share in step.shares.items():
-            stage = self.processors[layer].stage
-            self.shares.append(Share(at, layer, stage, share.detach().unflatten(0, (-1, self.images)).clone()))
+        self._keep_shares(step, times[0] if len(times) == 1 else tuple(times))
         return output
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
@@ -275,45 +271,31 @@ class JointDenoiser:
         values = times.tolist()
         return values[:1] if len(set(values)) == 1 else values
 
-    def _step(self, weights: list[tuple[float, ...]], device: torch.device) -> Step:
+    def _step(self, streams: int, weights: Sequence[float | Tensor]) -> Step:
+        """weights: by stage - 1."""
         assert self.images is not None
-        alike = [len(set(stage)) == 1 and stage[0] in (0.0, 1.0) for stage in zip(*weights, strict=True)]
-        known = tuple(weights[0][i] if same else None for i, same in enumerate(alike))
-        values = torch.tensor(weights, dtype=torch.float32).T
-        mixed = (values[:, 0] if len(weights) == 1 else values).to(device)
-        return Step(self.images, 2, known, mixed, self.record)
+        parts = [
+            (processor, Part(self.images, streams, weights[processor.stage - 1], self.record))
+            for processor in self.processors.values()
+        ]
+        return Step(self.holder, self.images, streams, parts)
 
-    def _image_only(self, timestep: float, weights: tuple[float, ...]) -> bool:
+    def _image_only(self, times: list[float], weights: list[tuple[float, ...]]) -> bool:
         if self._last_active is None:
             return False
-        over = timestep < self._last_active and not any(weights)
+        over = max(times) < self._last_active and not any(map(any, weights))
         if self._dropped and not over:
             raise UserError(
-                f"timestep {timestep} needs the intrinsic stream, which was dropped: call prepare() for a new run."
+                f"timestep {times[0]} needs the intrinsic stream, which was dropped: call prepare() for a new run."
             )
         self._dropped = over
         return over
 
-    def _widen(self, output: Any) -> Any:
-        """(G*B, ...) image rows -> (G*2*B, ...), the intrinsics' rows being the image's: finite, and never looked at."""
-        images = self.images
-
-        def widen(y: Tensor) -> Tensor:
-            return y.unflatten(0, (-1, 1, images)).expand(-1, 2, *([-1] * y.ndim)).flatten(0, 2)
-
-        if isinstance(output, tuple):
-            return (widen(output[0]), *output[1:])
-        return type(output)(sample=widen(output.sample))
-
-    @contextmanager
-    def _during(self, step: Step) -> Iterator[None]:
-        before, self.holder.step = self.holder.step, step
-        if torch.is_grad_enabled():
-            self._remember_in_checkpoints()
-        try:
-            yield
-        finally:
-            self.holder.step = before
+    def _keep_shares(self, step: Step, timestep: float | tuple[float, ...]) -> None:
+        for processor, part in step.parts:
+            if part.share is not None:
+                value = part.share.detach().unflatten(0, (-1, step.images)).clone()
+                self.shares.append(Share(timestep, processor.layer, processor.stage, value))
 
     def _remember_in_checkpoints(self) -> None:
         """Activation checkpoints run blocks again in backward: make them do so with the step of their forward."""
@@ -344,6 +326,28 @@ def _adapters(
     return (
         {t: StreamLinear(base(path), rank, alpha, dtype) for t, path in TARGETS.items() if t in targets} if rank else {}
     )
+
+
+def _stage_weights(weights: list[tuple[float, ...]], device: torch.device) -> list[float | Tensor]:
+    """For each stage the number 0 or 1 where all rows have that weight, else a float32 tensor () or (P,).
+
+    Numbers as int: torch.compile keeps 0 and 1 apart as constants, and takes floats for variables.
+    """
+    values = torch.tensor(weights, dtype=torch.float32).T  # (stages, 1 or P)
+    mixed = (values[:, 0] if len(weights) == 1 else values).to(device)
+    by_stage = [set(stage) for stage in zip(*weights, strict=True)]
+    return [int(stage.pop()) if stage in ({0.0}, {1.0}) else mixed[i] for i, stage in enumerate(by_stage)]
+
+
+def _both_rows(output: Any, images: int) -> Any:
+    """(G*B, ...) image rows -> (G*2*B, ...), the intrinsics' rows being the image's: finite, and never looked at."""
+
+    def widen(y: Tensor) -> Tensor:
+        return y.unflatten(0, (-1, 1, images)).expand(-1, 2, *([-1] * y.ndim)).flatten(0, 2)
+
+    if isinstance(output, tuple):
+        return (widen(output[0]), *output[1:])
+    return type(output)(sample=widen(output.sample))
 
 
 def _image_rows(tree: Any, rows: int, images: int) -> Any:

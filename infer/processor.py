@@ -1,7 +1,8 @@
 """Self-attention of one layer over both streams: what takes the place of diffusers' processor. Installed by denoiser.py."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,40 +17,31 @@ Record = Literal["mean", "map"]
 
 
 @dataclass
-class Step:
-    """What the processors must know during one forward of the network."""
+class Part:
+    """What one layer must know during one forward of the network, and what it says back."""
 
     images: int  # B
     streams: int  # 2, or 1 when only the image's rows are run
-    weights: tuple[float | None, ...]  # by stage - 1: 0.0 or 1.0, or None: the value is in `mixed`
-    mixed: Tensor  # (stages,) or (stages, P) float32 on the network's device
+    weight: float | Tensor  # the int 0 or 1, or a tensor () or (P,) for anything else
     record: Record | None = None
-    shares: dict[str, Tensor] = field(default_factory=dict)  # layer -> (P,) or (P, N)
-
-
-class Holder:
-    """Where the wrapper leaves the current step for the processors; None outside a joint forward."""
-
-    step: Step | None = None
-
-    def images(self) -> int | None:
-        """B while both streams are in the batch, else None."""
-        return self.step.images if self.step is not None and self.step.streams == 2 else None
+    share: Tensor | None = None  # float32 (P,), or (P, N) for a map
 
 
 class JointProcessor(nn.Module):
     """Self-attention of one layer over both streams; holds the layer's adapters, so they move with the network."""
 
-    def __init__(self, layer: str, stage: int, holder: Holder, adapters: dict[str, StreamLinear]):
+    def __init__(self, layer: str, stage: int, adapters: dict[str, StreamLinear]):
         super().__init__()
-        self.layer, self.stage, self.holder = layer, stage, holder
+        self.layer, self.stage, self.part = layer, stage, None
         self.adapters = nn.ModuleDict(adapters)
 
-    def project(self, target: str, base: nn.Module, x: Tensor, step: Step) -> Tensor:
+    part: Part | None  # set around each forward by Step.during(); None outside of one
+
+    def project(self, target: str, base: nn.Module, x: Tensor, part: Part) -> Tensor:
         """One of the layer's linear maps: base on every row, and the adapter on the intrinsics'."""
-        if step.streams == 1 or target not in self.adapters:
+        if part.streams == 1 or target not in self.adapters:
             return base(x)
-        return self.adapters[target](base, x, step.images)
+        return self.adapters[target](base, x, part.images)
 
     def forward(
         self,
@@ -60,11 +52,11 @@ class JointProcessor(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         """(rows, N, C) or (rows, C, h, w) -> the same shape. As the stock processor, but for joint_attention."""
-        step = self.holder.step
-        if step is None:
+        part = self.part
+        if part is None:
             raise UserError(
                 f"joint attention in {self.layer} ran outside of the joint network's forward, whose wrapper is gone: "
-                "call uninstall() and install it again."
+                "uninstall it and install it again."
             )
         if encoder_hidden_states is not None or attention_mask is not None:
             raise UserError(
@@ -78,14 +70,12 @@ class JointProcessor(nn.Module):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        projections = (("q", attn.to_q, attn.norm_q), ("k", attn.to_k, attn.norm_k), ("v", attn.to_v, None))
-        q, k, v = (
-            self.heads(self.project(target, base, hidden_states, step), attn.heads, norm)
-            for target, base, norm in projections
-        )
-        out = attend(q, k, v).transpose(1, 2).flatten(2) if step.streams == 1 else self.joint(q, k, v, step)
+        q = self.heads(self.project("q", attn.to_q, hidden_states, part), attn.heads, attn.norm_q)
+        k = self.heads(self.project("k", attn.to_k, hidden_states, part), attn.heads, attn.norm_k)
+        v = self.heads(self.project("v", attn.to_v, hidden_states, part), attn.heads, None)
+        out = attend(q, k, v).transpose(1, 2).flatten(2) if part.streams == 1 else self.joint(q, k, v, part)
+        out = attn.to_out[1](self.project("out", attn.to_out[0], out.to(q.dtype), part))
 
-        out = attn.to_out[1](self.project("out", attn.to_out[0], out.to(q.dtype), step))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
@@ -98,41 +88,76 @@ class JointProcessor(nn.Module):
         x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
         return x if norm is None else norm(x)
 
-    def joint(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+    @staticmethod
+    def joint(q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Rows to pairs, attention, and back. q, k, v: (G*2*B, H, N, D) -> (G*2*B, N, C)."""
-        # laid out as (P, 2, N, H, D), so that joining the streams' tokens is a view
-        q, k, v = (
-            x.transpose(1, 2).unflatten(0, (-1, 2, step.images)).transpose(1, 2).flatten(0, 1).transpose(2, 3)
-            for x in (q, k, v)
-        )
-        known = step.weights[self.stage - 1]
-        weight = step.mixed[self.stage - 1] if known is None else known
+
+        def pairs(x: Tensor) -> Tensor:  # laid out as (P, 2, N, H, D), so that joining the streams' tokens is a view
+            return x.transpose(1, 2).unflatten(0, (-1, 2, part.images)).transpose(1, 2).flatten(0, 1).transpose(2, 3)
+
         # the differentiable form wherever a gradient may be asked for: the merged one has none
         backend: Backend = "bias" if torch.is_grad_enabled() else "merge"
-        out, share = joint_attention(q, k, v, weight, backend=backend, share=step.record is not None)
+        out, share = joint_attention(
+            pairs(q), pairs(k), pairs(v), part.weight, backend=backend, share=part.record is not None
+        )
         if share is not None:
-            step.shares[self.layer] = share.mean(1) if step.record == "map" else share.mean((1, 2))
-        return out.transpose(2, 3).flatten(3).unflatten(0, (-1, step.images)).transpose(1, 2).flatten(0, 2)
+            part.share = share.mean(1) if part.record == "map" else share.mean((1, 2))
+        return out.transpose(2, 3).flatten(3).unflatten(0, (-1, part.images)).transpose(1, 2).flatten(0, 2)
+
+
+class Holder:
+    """Where the current step is left for what runs inside the network; None outside a joint forward."""
+
+    step: "Step | None" = None
+
+    def images(self) -> int | None:
+        """B while both streams are in the batch, else None."""
+        return self.step.images if self.step is not None and self.step.streams == 2 else None
+
+
+@dataclass
+class Step:
+    """One forward of the network: a part for every layer."""
+
+    holder: Holder
+    images: int
+    streams: int
+    parts: list[tuple[JointProcessor, Part]]
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """Hand every layer its part; afterwards all is as before."""
+        before, self.holder.step = self.holder.step, self
+        for processor, part in self.parts:
+            processor.part = part
+        try:
+            yield
+        finally:
+            self.holder.step = before
+            for processor, earlier in before.parts if before is not None else [(p, None) for p, _ in self.parts]:
+                processor.part = earlier
 
 
 class Recall:
-    """A checkpoint function that runs its block with the step at hand when it was called, whenever it is run again."""
+    """An activation-checkpoint function whose blocks run again, in backward, with the step of their own forward."""
 
     def __init__(self, original: Callable[..., Any], holder: Holder):
         self.original, self.holder = original, holder
 
     def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
-        step, holder = self.holder.step, self.holder
+        assert self.holder.step is not None
+        return self.original(_Remembered(block, self.holder.step), *args)
 
-        class Block:  # diffusers calls block.__call__, as of a module
-            def __call__(self, *inner: Any, **kwargs: Any) -> Any:
-                before, holder.step = holder.step, step
-                try:
-                    return block(*inner, **kwargs)
-                finally:
-                    holder.step = before
 
-        return self.original(Block(), *args)
+class _Remembered:
+    def __init__(self, block: Callable[..., Any], step: Step):
+        self.block, self.step = block, step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.step.holder.step is self.step:
+            return self.block(*args, **kwargs)
+        with self.step.during():
+            return self.block(*args, **kwargs)
 
 
 def self_attention_layers(network: nn.Module) -> dict[str, Attention]:
