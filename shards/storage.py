@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ class Folder:
             yield
         except OSError as error:
             raise UserError(_sentence(error, action, self.address(name))) from error
+        except _store_errors() as error:
+            raise UserError(f"cannot {action} {self.address(name)}: {error}") from error
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of a file, or of its range start..end (one range read)."""
@@ -174,6 +177,12 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    """What object stores raise beside OSError: no credentials, no connection, too many retries."""
+    botocore = sys.modules.get("botocore.exceptions")  # there only if an S3 address was opened
+    return (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
 
 
 def _sentence(error: OSError, action: str, address: str) -> str:
