@@ -22,6 +22,7 @@ REASONS: dict[str, Reason] = {
     "not_a_file": Reason("read", "a folder, pipe, socket or device with the name of an image"),
     "unreadable": Reason("read", "the operating system or the object store refused to read the file"),
     "too_many_bytes": Reason("read", "the file is larger than max_bytes"),
+    "bad_row": Reason("read", "a row of the table that cannot be read, or that names no file"),
     "duplicate_row": Reason(
         "read", "a second row of the table for a file that an earlier row captions; the first one counts"
     ),
@@ -29,6 +30,11 @@ REASONS: dict[str, Reason] = {
     "caption_not_utf8": Reason("read", "the caption is not UTF-8 text, or has NUL characters in it"),
     "caption_too_long": Reason("read", "the caption has more bytes than max_caption_bytes"),
     "bad_metadata": Reason("read", "the .json beside the image is not a JSON object, or its caption is not text"),
+    "no_image": Reason("read", "a sample of a tar or dataset that has no image"),
+    "bad_tar": Reason("read", "the tar is damaged or ends too early; its whole samples before the damage were used"),
+    "duplicate_member": Reason("read", "a sample of a tar has two members of one name"),
+    "missing_in_tar": Reason("read", "img2dataset's table lists the sample as a success, but it is not in the tar"),
+    "failed_upstream": Reason("read", "img2dataset could not get the image; its own words are in the message"),
     # decoding the image
     "empty": Reason("decode", "the file has no bytes"),
     "not_an_image": Reason("decode", "the content is not an image, whatever the file is called"),
