@@ -161,6 +161,9 @@ def save_run(url: str, manifest: Manifest, lora: LoraWeights, vae: AutoencoderKL
         save_lora(Path(scratch) / LORA, lora, "unet" if manifest.base.network.startswith("UNet") else "transformer")
         vae.save_pretrained(Path(scratch) / VAE)
         contents = {name: (Path(scratch) / name).read_bytes() for name in _FILES}
+    config = json.loads(contents[VAE_CONFIG])
+    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+    contents[VAE_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     manifest = dataclasses.replace(manifest, files={name: _sha256(data) for name, data in contents.items()})
     folder.make(VAE)
     folder.remove(MANIFEST)

@@ -14,6 +14,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+from infer import run_folder
+from infer.bases import network_of, prediction_type_of
+from infer.denoiser import JointDenoiser
+from infer.run_folder import manifest_for
 from infer.vae import widen
 from tests import tiny
 
@@ -87,3 +91,17 @@ def save_base(name: str, folder: Path) -> Path:
 
 def intrinsic_vae() -> Any:
     return widen(tiny.vae())
+
+
+def save_run(made: Any, folder: Path, rank: int = 4, std: float = 0.3, seed: int = 3) -> Path:
+    """A run folder for this pipeline, with a LoRA that changes much: both halves random."""
+    network = network_of(made)
+    denoiser = JointDenoiser.install(network, rank=rank)
+    torch.manual_seed(seed)
+    for parameter in denoiser.lora_parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    lora = denoiser.lora_weights()
+    manifest = manifest_for(network, "tiny", prediction_type_of(made), lora, training={"steps": 0})
+    run_folder.save_run(str(folder), manifest, lora, intrinsic_vae())
+    denoiser.uninstall()
+    return folder
