@@ -108,13 +108,14 @@ def _is_mark(name: str) -> bool:
 
 
 def add_counts(marks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The `totals` of dataset.json: in, ok and failed (by reason) of all marks, added up."""
-    samples_in, ok, failed = 0, 0, Counter[str]()
+    """The `totals` of dataset.json: in, ok and failed (by reason) of all marks, added up; and ok of each shard, in order
+    (so that a reader can find its place in a large dataset without reading every mark)."""
+    samples_in, failed, shards = 0, Counter[str](), list[int]()
     for mark in marks:
         samples_in += mark["counts"]["in"]
-        ok += mark["counts"]["ok"]
         failed.update(mark["counts"]["failed"])
-    return {"in": samples_in, "ok": ok, "failed": dict(failed)}
+        shards.append(mark["counts"]["ok"])
+    return {"in": samples_in, "ok": sum(shards), "failed": dict(failed), "shards": shards}
 
 
 def write_info(folder: Folder, info: dict[str, Any]) -> None:

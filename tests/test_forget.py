@@ -52,7 +52,8 @@ def test_only_what_is_named_goes_and_only_its_shards_change(url: str, wanted: Fo
         failures = list(dataset.failures(f"00000{key[1]}"))
         assert {"key": key, "stage": "read", "reason": "forgotten", "message": "removed on request"} in failures
     failed = {"empty": 3, "forgotten": len(keys)}
-    assert dataset.info["totals"] == {"in": 12, "ok": 9 - len(keys), "failed": failed}
+    shards = [3 - sum(key[1] == str(shard) for key in keys) for shard in range(3)]
+    assert dataset.info["totals"] == {"in": 12, "ok": 9 - len(keys), "failed": failed, "shards": shards}
 
 
 def test_forgetting_again_changes_nothing_and_the_list_grows(url: str) -> None:
