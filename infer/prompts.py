@@ -70,7 +70,8 @@ def encode_prompts(
     }
     given |= {name: options.pop(name) for name in list(options) if name in accepted}
     if negative is not None:
-        given["negative_prompt"] = negative if isinstance(negative, str) else list(negative)
+        alike = isinstance(negative, str) and prompts is not None
+        given["negative_prompt"] = [negative] * len(prompts or ()) if alike else negative
     elif given.get("negative_prompt_embeds") is not None:
         given["negative_prompt"] = None
     guided = guidance > 1 and getattr(network_of(pipeline).config, "time_cond_proj_dim", None) is None

@@ -1,9 +1,11 @@
 """Tiny text encoders with their tokenizers, and whole bases saved as real diffusers folders, for tests and benchmarks."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -104,4 +106,16 @@ def save_run(made: Any, folder: Path, rank: int = 4, std: float = 0.3, seed: int
     manifest = manifest_for(network, "tiny", prediction_type_of(made), lora, training={"steps": 0})
     run_folder.save_run(str(folder), manifest, lora, intrinsic_vae())
     denoiser.uninstall()
+    return folder
+
+
+def save_community_lora(made: Any, folder: Path) -> Path:
+    """A LoRA as others train it on the base: self- and cross-attention and a feed-forward layer, by diffusers' own keys."""
+    network = copy.deepcopy(made.unet)
+    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0", "ff.net.2"]))
+    torch.manual_seed(5)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    type(made).save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(network))
     return folder
