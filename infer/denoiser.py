@@ -104,17 +104,12 @@ class JointDenoiser:
         for name, module in layers.items():
             self._originals[name] = module.processor
             module.processor = self.processors[name]  # type: ignore[assignment]
-        original = self._forward
-
-        @torch.compiler.disable(recursive=False)  # the bookkeeping stays in Python; the network inside is compiled
-        @wraps(original)
-        def joint_forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run(*args, **kwargs)
-
         self._instance_forward = self.network.__dict__.get("forward")
-        self._signature = inspect.signature(original)
-        self._wrapper = joint_forward
-        self.network.forward = joint_forward
+        self._signature = inspect.signature(self._forward)
+        # under torch.compile(network) our bookkeeping stays in Python, and the network inside is compiled
+        run = torch.compiler.disable(self._run, recursive=False)
+        self._wrapper = wraps(self._forward)(run)
+        self.network.forward = self._wrapper
 
     def uninstall(self) -> None:
         """Restore the network exactly: processors, forward, trainable flags, other people's adapters on every row."""
@@ -229,7 +224,15 @@ class JointDenoiser:
                 yield f"{name}.{TARGETS[target]}", adapter  # type: ignore[misc]
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped forward: check, look up w(l, t), run both streams or the image's alone, keep the shares."""
+        """The wrapped forward: both streams, or the image's rows alone."""
+        step, timestep, args, kwargs = self._plan(args, kwargs)
+        with step:
+            output = self._forward(*args, **kwargs)
+        return self._keep_shares(step, timestep, output) if step.streams == 2 else _both_rows(output, step.images)
+
+    @torch.compiler.disable
+    def _plan(self, args: Any, kwargs: Any) -> tuple[Step, float | tuple[float, ...], Any, Any]:
+        """Check that all is in place, look up w(l, t), and choose the rows to run."""
         self.check()
         self._confine()
         if self.images is None:
@@ -237,23 +240,18 @@ class JointDenoiser:
                 "the joint network was not told how many images a batch holds: call prepare(images=...) first."
             )
         arguments = self._signature.bind(*args, **kwargs).arguments
-        rows = next(iter(arguments.values())).shape[0]
+        sample = next(iter(arguments.values()))
+        rows = sample.shape[0]
         if rows % (2 * self.images):
             raise UserError(f"the batch has {rows} rows, which is not guidance x 2 streams x {self.images} images.")
         times = self._times(arguments["timestep"], rows)
         weights = [self.schedule.at(t, self.stages.stages) for t in times]
+        timestep = times[0] if len(times) == 1 else tuple(times)
         if self._image_only(times, weights):
-            with self._step(1, [0] * self.stages.stages).during():
-                args, kwargs = _image_rows((args, kwargs), rows, self.images)
-                return _both_rows(self._forward(*args, **kwargs), self.images)
+            return self._step(1, [0] * self.stages.stages), timestep, *_image_rows((args, kwargs), rows, self.images)
         if torch.is_grad_enabled():
             self._remember_in_checkpoints()
-        device = next(iter(arguments.values())).device
-        step = self._step(2, _stage_weights(weights, device))
-        with step.during():
-            output = self._forward(*args, **kwargs)
-        self._keep_shares(step, times[0] if len(times) == 1 else tuple(times))
-        return output
+        return self._step(2, _stage_weights(weights, sample.device)), timestep, args, kwargs
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
         """The batch's timestep, or, where the rows differ, one for each pair (G * B)."""
@@ -291,11 +289,13 @@ class JointDenoiser:
         self._dropped = over
         return over
 
-    def _keep_shares(self, step: Step, timestep: float | tuple[float, ...]) -> None:
+    @torch.compiler.disable
+    def _keep_shares(self, step: Step, timestep: float | tuple[float, ...], output: Any) -> Any:
         for processor, part in step.parts:
             if part.share is not None:
                 value = part.share.detach().unflatten(0, (-1, step.images)).clone()
                 self.shares.append(Share(timestep, processor.layer, processor.stage, value))
+        return output
 
     def _remember_in_checkpoints(self) -> None:
         """Activation checkpoints run blocks again in backward: make them do so with the step of their forward."""
@@ -339,6 +339,7 @@ def _stage_weights(weights: list[tuple[float, ...]], device: torch.device) -> li
     return [int(stage.pop()) if stage in ({0.0}, {1.0}) else mixed[i] for i, stage in enumerate(by_stage)]
 
 
+@torch.compiler.disable
 def _both_rows(output: Any, images: int) -> Any:
     """(G*B, ...) image rows -> (G*2*B, ...), the intrinsics' rows being the image's: finite, and never looked at."""
 

@@ -1,8 +1,8 @@
 """LoRA that acts on one stream only: ours on the intrinsics, other people's on the image.
 
 StreamLinear is the method's adapter: y = W x for both streams, plus (alpha / r) B A x on the intrinsic stream's rows. It
-holds A and B only and is handed the base layer at each call, so the base network's modules, names and weights stay what
-they are, and stock `load_lora_weights` finds the layers that it looks for, before or after ours is installed.
+holds A and B only and is handed what the base layer gave, so the base network's modules, names and weights stay what they
+are, and stock `load_lora_weights` finds the layers that it looks for, before or after ours is installed.
 
 confine() does the opposite for an adapter layer that peft has put into the network: the image's rows go through it, the
 intrinsics' rows through the base layer below it.
@@ -31,7 +31,7 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alp
 
 
 class StreamLinear(nn.Module):
-    """base(x), plus (alpha / rank) B A x on the intrinsic rows. B starts at 0: untrained, it is the base layer."""
+    """y = base(x), plus (alpha / rank) B A x on the intrinsic rows. B starts at 0: untrained, it changes nothing."""
 
     def __init__(self, base: nn.Linear, rank: int = RANK, alpha: float | None = None, dtype: torch.dtype | None = None):
         """Takes sizes, device and (unless given) dtype from `base`, and does not keep it. alpha: rank unless given."""
@@ -46,9 +46,8 @@ class StreamLinear(nn.Module):
         """(alpha / rank) B A x. (..., C_in) -> (..., C_out) in the adapter's dtype."""
         return (x.to(self.down.dtype) @ self.down.mT) @ self.up.mT * (self.alpha / self.rank)
 
-    def forward(self, base: nn.Module, x: Tensor, images: int) -> Tensor:
-        """x: (G*2*B, N, C_in) with B = images -> (G*2*B, N, C_out)."""
-        y = base(x)
+    def forward(self, y: Tensor, x: Tensor, images: int) -> Tensor:
+        """y = base(x), (G*2*B, N, C_out) of x, (G*2*B, N, C_in), with B = images -> (G*2*B, N, C_out)."""
         streams = y.unflatten(0, (-1, 2, images))
         delta = self.delta(x.unflatten(0, (-1, 2, images))[:, 1]).to(y.dtype)
         return torch.stack([streams[:, 0], streams[:, 1] + delta], 1).flatten(0, 2)

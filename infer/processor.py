@@ -1,8 +1,7 @@
 """Self-attention of one layer over both streams: what takes the place of diffusers' processor. Installed by denoiser.py."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -35,13 +34,12 @@ class JointProcessor(nn.Module):
         self.layer, self.stage, self.part = layer, stage, None
         self.adapters = nn.ModuleDict(adapters)
 
-    part: Part | None  # set around each forward by Step.during(); None outside of one
+    part: Part | None  # set around each forward by a Step; None outside of one
 
     def project(self, target: str, base: nn.Module, x: Tensor, part: Part) -> Tensor:
         """One of the layer's linear maps: base on every row, and the adapter on the intrinsics'."""
-        if part.streams == 1 or target not in self.adapters:
-            return base(x)
-        return self.adapters[target](base, x, part.images)
+        y = base(x)
+        return y if part.streams == 1 or target not in self.adapters else self.adapters[target](y, x, part.images)
 
     def forward(
         self,
@@ -117,25 +115,28 @@ class Holder:
 
 @dataclass
 class Step:
-    """One forward of the network: a part for every layer."""
+    """One forward of the network: a part for every layer. `with step:` hands them out, and puts back what was before."""
 
     holder: Holder
     images: int
     streams: int
     parts: list[tuple[JointProcessor, Part]]
+    before: "list[Step | None]" = field(default_factory=list)
 
-    @contextmanager
-    def during(self) -> Iterator[None]:
-        """Hand every layer its part; afterwards all is as before."""
-        before, self.holder.step = self.holder.step, self
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        self.before.append(self.holder.step)
+        self.holder.step = self
         for processor, part in self.parts:
             processor.part = part
-        try:
-            yield
-        finally:
-            self.holder.step = before
-            for processor, earlier in before.parts if before is not None else [(p, None) for p, _ in self.parts]:
-                processor.part = earlier
+
+    @torch.compiler.disable
+    def __exit__(self, *_: object) -> None:
+        before = self.holder.step = self.before.pop()
+        for processor, _part in self.parts:
+            processor.part = None
+        for processor, part in before.parts if before is not None else ():
+            processor.part = part
 
 
 class Recall:
@@ -156,7 +157,7 @@ class _Remembered:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.step.holder.step is self.step:
             return self.block(*args, **kwargs)
-        with self.step.during():
+        with self.step:
             return self.block(*args, **kwargs)
 
 
