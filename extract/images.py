@@ -222,6 +222,8 @@ def _identify(data: bytes, rules: ImageRules) -> sniff.Kind:
             raise ImageProblem("animated", "this is an animated webp; only still images are used")
     if kind.name in ("png", "webp", "avif") and sniff.is_cut_off(data, kind.name):
         raise ImageProblem("truncated", f"this {kind.name} ends before its last part")
+    if kind.name == "png" and sniff.png_is_damaged(data):
+        raise ImageProblem("corrupt", "this png is damaged: a checksum is wrong")
     return kind
 
 

@@ -1,6 +1,8 @@
 """What a file is, told by its first bytes and never by its name; and header checks that are made before any decoding."""
 
 import re
+import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _TEXT_START = rb"(?:\xef\xbb\xbf)?\s*"
@@ -140,12 +142,31 @@ def is_cut_off(data: bytes, name: str) -> bool:
 
 
 def _png_has_end(data: bytes) -> bool:
+    return any(kind == b"IEND" for kind, _, _ in _png_chunks(data))
+
+
+def png_is_damaged(data: bytes) -> bool:
+    """Whether the checksum of a chunk that matters is wrong; Pillow does not look at those of the pixels."""
+    view = memoryview(data)
+    return any(
+        kind in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(view[start - 4 : end]) != _int32(data[end : end + 4])
+        for kind, start, end in _png_chunks(data)
+    )
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start and end of its content) of each chunk that is there as a whole."""
     position = 8
-    while position + 12 <= len(data):
-        if data[position + 4 : position + 8] == b"IEND":
-            return True
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return False
+    while (end := position + 8 + _int32(data[position : position + 4])) + 4 <= len(data):
+        kind = data[position + 4 : position + 8]
+        yield kind, position + 8, end
+        if kind == b"IEND":
+            return
+        position = end + 4
+
+
+def _int32(data: bytes) -> int:
+    return int.from_bytes(data, "big")
 
 
 def _boxes_cut_off(data: bytes) -> bool:

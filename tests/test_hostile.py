@@ -1,0 +1,80 @@
+"""A folder of hostile files: each one is accounted for, nothing hangs, and the memory stays bounded."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from extract.images import ImageProblem, ImageRules, prepare
+from extract.reasons import REASONS
+from extract.sources import Failure
+from extract.sources.folder import FolderSource, key_of
+from tests import hostile
+
+ROOT = Path(__file__).parent.parent
+MEMORY = 2 << 30
+
+
+def outcomes(folder: str) -> dict[str, str]:
+    """What becomes of every input of a folder, by key: OK or a reason."""
+    source = FolderSource(folder)
+    rules = ImageRules(size_px=256)
+    found: dict[str, str] = {}
+    for unit in source.units(50):
+        for output in source.read(unit):
+            assert output.key not in found
+            if isinstance(output, Failure):
+                found[output.key] = output.reason
+                continue
+            try:
+                prepared = prepare(output.image, rules)
+            except ImageProblem as problem:
+                found[output.key] = problem.reason
+            else:
+                assert prepared.pixels.shape[:2] == tuple(reversed(prepared.record["size"]))
+                found[output.key] = hostile.OK
+    return found
+
+
+if __name__ == "__main__":  # the subprocess of the tests below
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = outcomes(sys.argv[1])
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = {"outcomes": result, "seconds": time.monotonic() - began, "before": before * 1024, "peak": after * 1024}
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("hostile") / "images"
+    folder.mkdir()
+    expected = hostile.build(folder)
+    return folder, {key_of(path): outcome for path, outcome in expected.items()}
+
+
+def test_every_hostile_file_is_a_sample_or_has_its_reason_in_bounded_memory(
+    built: tuple[Path, dict[str, str]],
+) -> None:
+    folder, expected = built
+    assert len(expected) >= 120
+    command = [sys.executable, "-m", "tests.test_hostile", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["outcomes"] == expected
+    assert report["peak"] < MEMORY / 2
+    assert not run.stderr, "libraries should not chatter about broken files"
+
+
+def test_every_reason_for_an_image_or_a_file_occurs_in_the_hostile_folder(
+    built: tuple[Path, dict[str, str]],
+) -> None:
+    _, expected = built
+    elsewhere = {"missing_file", "unreadable", "duplicate_row", "bad_row", "out_of_memory"}  # need a table, or a user
+    of_tars = {"no_image", "bad_tar", "duplicate_member", "missing_in_tar", "failed_upstream"}
+    ours = {name for name, reason in REASONS.items() if reason.stage in ("read", "decode")} - elsewhere - of_tars
+    assert ours - set(expected.values()) == set()
