@@ -13,6 +13,7 @@ the camera. Depth is z-depth, along the optical axis. Quantisation is the only l
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -100,18 +101,29 @@ def _range(finite: np.ndarray) -> tuple[float, float]:
 
 def _decode_depth(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
     codes = decode_png(png, np.uint16, channels=1)
-    x = (codes.astype(np.float64) - 1) / _STEPS
     if info.get("kind") == "metric":
-        z, far = DEPTH_NEAR_M * np.exp(x * np.log(DEPTH_FAR_M / DEPTH_NEAR_M)), np.inf
+        table = _metric_table()
     elif info.get("kind") == "relative":
         lo, hi = info.get("lo"), info.get("hi")
         if not isinstance(lo, int | float) or not isinstance(hi, int | float):
             raise MapError("relative depth needs the numbers lo and hi in its json")
-        z, far = lo + x * (hi - lo), -np.inf
+        table = _depth_table(lo + _SHARES * (hi - lo), -np.inf)
     else:
         raise MapError(f"depth of kind {info.get('kind')!r} in json; it must be one of {DEPTH_KINDS}")
-    values = np.where(codes == 0, np.nan, np.where(codes == _FAR_CODE, far, z))
-    return IntrinsicMap(values.astype(np.float32), info)
+    return IntrinsicMap(table[codes], info)
+
+
+_SHARES = np.arange(_STEPS + 1) / _STEPS  # where the codes 1..65534 lie in the range
+
+
+def _depth_table(values: np.ndarray, far: float) -> np.ndarray:
+    """float32 (65536,): the depth of each code."""
+    return np.concatenate([[np.nan], values, [far]]).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _metric_table() -> np.ndarray:
+    return _depth_table(DEPTH_NEAR_M * np.exp(_SHARES * np.log(DEPTH_FAR_M / DEPTH_NEAR_M)), np.inf)
 
 
 def _valid_depth(values: np.ndarray) -> np.ndarray:
@@ -133,8 +145,10 @@ def _encode_normal(normal: IntrinsicMap) -> tuple[bytes, dict[str, Any]]:
 
 def _decode_normal(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
     codes = decode_png(png, np.uint8, channels=3)
-    n = codes.astype(np.float32) / 127.5 - 1
-    n /= np.linalg.norm(n, axis=2, keepdims=True)
+    n = codes.astype(np.float32)
+    n *= 1 / 127.5
+    n -= 1
+    n /= np.sqrt(np.einsum("hwc,hwc->hw", n, n))[..., None]
     n[(codes == _NO_NORMAL).all(axis=2)] = np.nan
     return IntrinsicMap(n, info)
 
