@@ -107,6 +107,15 @@ def test_the_plain_form_for_devices_without_a_kernel_equals_the_kernel(monkeypat
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("width", [40, 72, 13])
+def test_the_cuda_kernels_are_called_with_arguments_they_take_and_give_the_shapes_we_say(kernel, width):
+    q, k = (torch.empty(2, 3, n, width, dtype=torch.bfloat16, device="meta") for n in (10, 21))  # shapes only: no GPU
+    out, lse = attend_with_lse(q, k, k, kernel)
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert lse.shape == (2, 3, 10) and lse.dtype == torch.float32
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_gradients_of_the_differentiable_form_equal_the_float64_formula(weight):
     inputs = [x.requires_grad_() for x in streams()]
