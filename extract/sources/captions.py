@@ -1,10 +1,11 @@
 """Captions and metadata of a folder's images: from .txt and .json beside them, or from the rows of one table."""
 
 import csv
+import itertools
 import json
 import math
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
@@ -176,8 +177,9 @@ def _json_records(file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any] | str]]
 
 def _csv_records(file: IO[bytes], delimiter: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Rows of a csv with a header. Values stay strings, as they stand there; bytes that are not UTF-8 are kept for now."""
-    lines: Iterable[str] = (line.decode("utf-8", "surrogateescape") for line in _lines(file))
-    reader = csv.reader(lines, delimiter=delimiter)
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(file))
+    first = next(lines, "").removeprefix("\ufeff")  # before a quote, a byte order mark would become part of the name
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
     header: list[str] | None = None
     number = 0
     while True:
@@ -189,12 +191,12 @@ def _csv_records(file: IO[bytes], delimiter: str) -> Iterator[tuple[str, dict[st
         except csv.Error as error:
             yield f"row {number}", f"it cannot be read: {error}"
             continue
-        if header is None:
-            header = [name.removeprefix("\ufeff").strip() for name in values]
-        elif len(values) == len(header):
+        if header is None and values:
+            header = [name.strip() for name in values]
+        elif header is not None and len(values) == len(header):
             yield f"row {number}", dict(zip(header, values, strict=True))
         elif values:
-            yield f"row {number}", f"it has {len(values)} values for {len(header)} columns"
+            yield f"row {number}", f"it has {len(values)} values for {len(header or ())} columns"
 
 
 def _parquet_records(file: IO[bytes], address: str) -> Iterator[tuple[str, dict[str, Any] | str]]:

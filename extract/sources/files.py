@@ -124,7 +124,7 @@ def read(folder: Folder, path: bytes, limit: int) -> bytes:
     """The bytes of an ordinary file of at most `limit` bytes. Raises ReadProblem; never waits for a pipe or a device."""
     try:
         if folder.local_path is not None:
-            return _read_local(_local(folder, path), limit)
+            return _read_local(_local(folder, path), show(path), limit)
         return _read_remote(folder, path.decode(), limit)
     except FileNotFoundError as error:
         raise ReadProblem("missing_file", f"there is no file {show(path)}") from error
@@ -133,8 +133,7 @@ def read(folder: Folder, path: bytes, limit: int) -> bytes:
         raise ReadProblem("unreadable", f"{show(path)} cannot be read: {words}") from error
 
 
-def _read_local(path: Path, limit: int) -> bytes:
-    name = show(os.fsencode(path.name))
+def _read_local(path: Path, name: str, limit: int) -> bytes:
     try:
         status = path.stat()
     except OSError as error:
