@@ -129,7 +129,7 @@ def open_base(name: str, *, dtype: torch.dtype, options: Mapping[str, Any] | Non
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"there is no base {source}: it is neither a folder here nor a hub id such as OWNER/NAME")
     try:
-        settings: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True} | dict(options or {})
+        settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True} | dict(options or {})
         pipeline = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError, HTTPError) as error:
         advice = "check the folder" if Path(source).is_dir() else "check the id and the network, or pass a local folder"

@@ -303,10 +303,11 @@ class CoGenerator:
         scheduler, manifest = self.pipeline.scheduler, self.run.manifest
         kept = {name: value for name, value in options.items() if isinstance(value, str | int | float | bool | None)}
         return {
-            "base": {"name": self.base.name, "architecture": self.base.architecture, "weights": self.base.weights},
+            "base": {"name": self.base.name, "architecture": self.base.architecture},
             "run": {"name": self.run.url, "files": manifest.files},
             "pipeline": type(self.pipeline).__name__,
-            "size": list(size),
+            "height": size[0],
+            "width": size[1],
             "schedule": schedule.to_dict(),
             "scheduler": {"class": type(scheduler).__name__, "config": _plain(dict(scheduler.config))},
             "options": kept,

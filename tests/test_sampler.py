@@ -214,7 +214,7 @@ def test_settings_of_a_result_are_json_and_name_all_that_matters(generators):
     settings = json.loads(json.dumps(made.settings))
     assert settings["schedule"] == Drop(tau=700, stages=(3, 4, 5)).to_dict()
     assert settings["scheduler"]["class"] == "EulerDiscreteScheduler"
-    assert settings["steps"] == 3 and settings["size"] == [64, 64] and settings["options"] == {"clip_skip": 1}
+    assert settings["steps"] == 3 and settings["height"] == 64 and settings["options"] == {"clip_skip": 1}
 
 
 def test_wrong_arguments_are_sentences(generators):

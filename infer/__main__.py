@@ -1,0 +1,205 @@
+"""Command line of the model: sample images with their intrinsics; look at schedules."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from shards.cli import DebugOption, new_app, run
+from shards.errors import UsageError
+
+app = new_app(
+    """The model: images together with their depth, normals, segmentation and line drawing.
+
+    sample    prompts -> pictures and maps      schedule    show w(l, t), how much the image takes from the intrinsics
+    """
+)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    base: Annotated[str, typer.Option(help="demo, a diffusers folder, or a hub id.")] = "demo",
+    run_: Annotated[str, typer.Option("--run", help="The run folder trained for that base.")] = "demo",
+    out: Annotated[str, typer.Option(help="Where to write; with --shards any fsspec URL.")] = "samples",
+    schedule: Annotated[
+        str, typer.Option(help="gaussian, drop, joint, off; settings as in drop:tau=800; or a table's file.")
+    ] = "gaussian",
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    num: Annotated[int, typer.Option(min=1, help="Images per prompt: seeds SEED, SEED+1, ...")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 7.5,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels: 768, or WIDTHxHEIGHT.", show_default="the base's own")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, euler, euler-a, dpm++, unipc, ...", show_default="the base's own")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="The base model's image of the same seed beside.")] = False,
+    shares: Annotated[bool, typer.Option("--shares", help="How much each layer attends to the intrinsics.")] = False,
+    intrinsics: Annotated[bool, typer.Option(help="Write the maps, too. Without them sampling is faster.")] = True,
+    image: Annotated[
+        Path | None, typer.Option(help="A known picture: make its maps (or, with --mask, repaint it).")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where the picture is to be repainted.")] = None,
+    given: Annotated[
+        str | None, typer.Option(help="Known maps, OUT/KEY of a written sample: make a picture of them.")
+    ] = None,
+    given_maps: Annotated[str, typer.Option(help="Only these of them, as in depth,line.", show_default="all")] = "",
+    mask_maps: Annotated[Path | None, typer.Option(help="White where the given maps are to be made anew.")] = None,
+    shards: Annotated[bool, typer.Option("--shards", help="Write a dataset of WebDataset shards.")] = False,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", show_default="a GPU if there is one")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16.", show_default="bfloat16 on a GPU, else float32")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers, a GPU each where there are GPUs.")] = 1,
+    address: Annotated[str, typer.Option(help="The Ray cluster: local, auto, or HOST:PORT.")] = "local",
+    other_weights: Annotated[
+        bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draws images together with their intrinsics.
+
+    For each prompt and seed: KEY.png, KEY.depth.png, KEY.normal.png, KEY.segmentation.png, KEY.line.png, KEY.sheet.png
+    (all side by side) and KEY.json, which holds everything needed to repeat it. What is there already is not made again.
+
+    Next: look at the sheets; `python -m infer sample --schedule drop` to compare; `python -m shards gallery OUT` for shards.
+    """
+    from infer.bases import resolve
+    from infer.outputs import maker
+    from infer.run_folder import load_manifest
+    from infer.work import Request, jobs_for
+
+    request = Request(
+        base=base,
+        run=run_,
+        negative=negative,
+        size=_size(size),
+        steps=steps,
+        guidance=guidance,
+        schedule=schedule,
+        scheduler=scheduler,
+        intrinsics=intrinsics,
+        compare=compare,
+        shares=shares,
+        image=_text(image),
+        repaint=_text(mask),
+        given=given,
+        given_maps=tuple(name.strip() for name in given_maps.split(",") if name.strip()),
+        repaint_maps=_text(mask_maps),
+        device=device,
+        dtype=dtype,
+        other_weights=other_weights,
+    )
+    asked = _prompts(prompt, prompts, optional=image is not None or given is not None)
+    resolve(base, "base")
+    manifest = load_manifest(resolve(run_, "run"))
+    jobs = jobs_for(request, maker(manifest)["id"], asked, range(seed, seed + num))
+    _make(request, manifest, jobs, out, shards, shard_size, {"batch": batch, "workers": workers, "address": address})
+
+
+def _make(
+    request: Any, manifest: Any, jobs: list[Any], out: str, shards: bool, shard_size: int, how: dict[str, Any]
+) -> None:
+    """Paints and writes the jobs, with a progress bar on stderr and a summary on stdout."""
+    from infer.generated import write_dataset
+    from infer.outputs import is_written, write_sample
+    from infer.work import paint_all
+    from shards.storage import Folder
+
+    started = perf_counter()
+    with Progress(
+        SpinnerColumn(), TextColumn("sampling"), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("sampling", total=len(jobs))
+        if shards:
+            count = write_dataset(
+                out,
+                request,
+                manifest,
+                jobs,
+                lambda part: paint_all(request, part, **how) if part else (),
+                shard_size=shard_size,
+                progress=lambda done: bar.advance(task, done),
+            )
+        else:
+            folder = Folder(out)
+            folder.make()
+            wanted = {"compare": request.compare, "shares": request.shares}
+            todo = [job for job in jobs if not is_written(folder, job.key, **wanted)]
+            bar.advance(task, len(jobs) - len(todo))
+            for painted in paint_all(request, todo, **how) if todo else ():
+                write_sample(folder, painted.key, painted.members | painted.extras)
+                bar.advance(task)
+            count = len(todo)
+    took = perf_counter() - started
+    before = f", {len(jobs) - count} were there already" if len(jobs) > count else ""
+    print(f"{count} made in {took:.1f} s{before}; all {len(jobs)} are in {out}")
+    if len(jobs) <= 8 and not shards:
+        for job in jobs:
+            print(f"  {job.key}")
+
+
+@app.command()
+def schedule(
+    name: Annotated[
+        str, typer.Argument(help="gaussian, drop, joint, off; with settings; or a table's file.")
+    ] = "gaussian",
+    stages: Annotated[str, typer.Option(help="Of which kind of base: a name in infer/stages.toml.")] = "sd",
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .png, too.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Shows w(l, t): a line for each timestep, from noise to image, and a column for each stage of the network."""
+    from infer.schedule_plot import plot_schedules
+    from infer.schedules import grid_text
+    from infer.stages import stage_maps
+
+    maps = stage_maps()
+    if stages not in maps:
+        raise UsageError(f"there is no stage map {stages!r}; choose one of {', '.join(maps)}")
+    chosen = maps[stages].schedule(name)
+    print(grid_text(chosen, maps[stages].stages))
+    if plot is not None:
+        plot_schedules({name: chosen}, maps[stages].stages, plot)
+
+
+def _prompts(given: list[str] | None, file: Path | None, optional: bool) -> list[str]:
+    """The prompts of the command line and of the file; [""] where a picture or maps are given instead."""
+    found = list(given or [])
+    if file is not None:
+        try:
+            found += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the prompts in {file}: {error}") from error
+    if not found and not optional:
+        raise UsageError('there is nothing to draw; pass --prompt "TEXT" or --prompts FILE')
+    return found or [""]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "768" or "WIDTHxHEIGHT"."""
+    if text is None:
+        return None
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise UsageError(f"--size {text} is neither a number of pixels nor WIDTHxHEIGHT")
+    return sides[-1], sides[0]
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+if __name__ == "__main__":
+    run(app)
