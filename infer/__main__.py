@@ -153,7 +153,7 @@ def schedule(
     name: Annotated[
         str, typer.Argument(help="gaussian, drop, joint, off; with settings; or a table's file.")
     ] = "gaussian",
-    stages: Annotated[str, typer.Option(help="Of which kind of base: a name in infer/stages.toml.")] = "sd",
+    stages: Annotated[str, typer.Option(help="Of which kind of base: a name in infer/stages.toml.")] = "unet4",
     plot: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .png, too.")] = None,
     debug: DebugOption = False,
 ) -> None:
