@@ -1,8 +1,11 @@
 """The schedules as a picture: for each, a grid of stages (down) by timesteps (across), darker where the image listens more.
 
 Plain shapes and words, drawn as SVG text or with Pillow: no plotting library needed.
+
+    python -m infer.schedule_plot docs/schedules.svg        the figure of docs/method.md
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +15,7 @@ from xml.sax.saxutils import escape
 from PIL import Image, ImageDraw, ImageFont
 
 from infer.schedules import Schedule
+from infer.stages import stage_maps
 from shards.errors import UserError
 
 WIDTH, LEFT, RIGHT, CELL = 760, 64, 96, 4  # pixels: the picture, its margins, one timestep cell's width
@@ -54,6 +58,17 @@ def plot_schedules(
         raise UserError(f"a schedule cannot be drawn to {path}: give a file that ends in .svg or .png.")
 
 
+def plot_defaults(path: str | Path) -> None:
+    """SD 2.1's two schedules with the paper's numbers, and the steps of a 25-step run."""
+    sd = stage_maps()["unet4"]
+    titles = {
+        "drop": "Drop (eq. 2): tau = 900, L = {3, 4, 5, 6, 7}",
+        "gaussian": "Gaussian (eq. 3): alpha = 1, tau = 800, sigma = 100",
+    }
+    steps = [float(t) for t in range(961, 0, -40)]
+    plot_schedules({title: sd.schedule(name) for name, title in titles.items()}, sd.stages, path, steps)
+
+
 def layout(schedules: Mapping[str, Schedule], stages: int, steps: Sequence[float]) -> tuple[list[Box | Word], int]:
     """The picture as shapes, and its height in pixels."""
     shapes: list[Box | Word] = []
@@ -82,13 +97,13 @@ def layout(schedules: Mapping[str, Schedule], stages: int, steps: Sequence[float
             x = LEFT + span * (1 - t / 1000)
             shapes += [Box(x - 0.5, y + 2, 1, 5, INK), Word(x, y + 19, str(t), 11, "m")]
         y += 34
-    shapes.append(Word(LEFT + span / 2, y - 2, "timestep: sampling runs from noise (1000) to the image (0)", 11, "m"))
+    shapes.append(Word(LEFT + span / 2, y + 4, "timestep: sampling runs from noise (1000) to the image (0)", 11, "m"))
     for i, w in enumerate((1.0, 0.75, 0.5, 0.25, 0.0)):
         shapes += [
             Box(WIDTH - 78, 38 + 16 * i, 22, 15, _colour(w)),
             Word(WIDTH - 50, 50 + 16 * i, f"w = {w:g}", 11, "l"),
         ]
-    return shapes, y + 10
+    return shapes, y + 16
 
 
 def _colour(w: float) -> Colour:
@@ -127,3 +142,9 @@ def _png(shapes: Sequence[Box | Word], height: int, scale: int = 2) -> Image.Ima
             font = ImageFont.load_default(s.size * scale)
             draw.text((s.x * scale, s.y * scale), s.text, INK, font, anchor=s.anchor + "s")
     return image
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m infer.schedule_plot FILE.svg|FILE.png")
+    plot_defaults(sys.argv[1])

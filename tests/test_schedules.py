@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer.processor import self_attention_layers
-from infer.schedule_plot import plot_schedules
+from infer.schedule_plot import plot_defaults, plot_schedules
 from infer.schedules import Drop, Gaussian, Joint, Off, Table, from_dict, grid_text, parse
 from infer.stages import StageMap, stage_map_of, stage_maps
 from shards.errors import UserError
@@ -159,6 +160,14 @@ def test_the_plot_shows_the_weights_and_is_the_same_every_time(tmp_path, kind):
     assert (tmp_path / f"c.{kind}").read_bytes() != drawn[0]
     with pytest.raises(UserError, match="svg"):
         plot_schedules({"Drop": Drop()}, 9, tmp_path / "a.gif")
+
+
+def test_the_documents_figure_is_what_our_code_draws(tmp_path):
+    plot_defaults(tmp_path / "schedules.svg")
+    kept = Path(__file__).parent.parent / "docs" / "schedules.svg"
+    assert kept.read_text() == (tmp_path / "schedules.svg").read_text(), (
+        "run python -m infer.schedule_plot docs/schedules.svg"
+    )
 
 
 def full_size(name: str) -> torch.nn.Module:
