@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 
 class Reason(NamedTuple):
-    """stage: read | decode | estimate | encode. explanation: one sentence for a person."""
+    """stage: read | decode | estimate | encode. explanation: one sentence for a person.
+
+    passing: another attempt, later, may well succeed (a server that was busy); False is final (it is not an image).
+    """
 
     stage: str
     explanation: str
+    passing: bool = False
 
 
 REASONS: dict[str, Reason] = {
@@ -35,6 +39,40 @@ REASONS: dict[str, Reason] = {
     "duplicate_member": Reason("read", "a sample of a tar has two members of one name"),
     "missing_in_tar": Reason("read", "img2dataset's table lists the sample as a success, but it is not in the tar"),
     "failed_upstream": Reason("read", "img2dataset could not get the image; its own words are in the message"),
+    # choosing rows of a table of URLs
+    "filtered_aesthetic": Reason("read", "its aesthetic score is below the filter's"),
+    "filtered_size": Reason("read", "its width or height, as the table states them, are outside the filter's bounds"),
+    "filtered_aspect": Reason("read", "it is more elongated, by the table's width and height, than the filter allows"),
+    "filtered_caption_length": Reason("read", "its caption has fewer or more characters than the filter allows"),
+    "filtered_caption_script": Reason(
+        "read", "too few letters of its caption are of the scripts that the filter wants"
+    ),
+    "filtered_unsafe": Reason("read", "it is more probably unsafe than the filter allows"),
+    "filtered_watermark": Reason("read", "it more probably has a watermark than the filter allows"),
+    "filtered_similarity": Reason("read", "image and caption fit each other less than the filter demands"),
+    "duplicate_url": Reason("read", "an earlier row has the same URL"),
+    "duplicate_hash": Reason("read", "an earlier row has the same value in a column that must be distinct"),
+    "duplicate_content": Reason("read", "an earlier row of the same shard led to exactly the same bytes"),
+    "table_unreadable": Reason("read", "a part of a table could not be read when its turn came", passing=True),
+    # downloading
+    "bad_url": Reason("read", "not a usable http or https URL"),
+    "forbidden_address": Reason("read", "the host is not on the public internet, and allow_hosts does not name it"),
+    "no_such_host": Reason("read", "the host's name does not exist"),
+    "dns_failed": Reason("read", "the host's name could not be looked up", passing=True),
+    "connect_failed": Reason("read", "no connection to the host came about", passing=True),
+    "tls_failed": Reason("read", "the host's certificate is not valid, or no common encryption was found"),
+    "timeout": Reason("read", "the host took too long to connect, to answer, or for all of it", passing=True),
+    "connection_lost": Reason("read", "the connection ended before the answer did, or spoke no HTTP", passing=True),
+    "server_error": Reason("read", "the server says that it has a problem (5xx)", passing=True),
+    "too_many_requests": Reason("read", "the server asks for fewer requests (429)", passing=True),
+    "not_found": Reason("read", "the server says that the image is gone (404, 410)"),
+    "access_denied": Reason("read", "the server refuses (401, 402, 403, 451)"),
+    "http_error": Reason("read", "the server gave another answer than the image; its status is in the message"),
+    "bad_redirect": Reason("read", "a redirect that leads nowhere, or to something that is not http or https"),
+    "too_many_redirects": Reason("read", "more redirects than max_redirects"),
+    "opted_out": Reason("read", "the server's X-Robots-Tag asks not to be used (noai, noindex, ...)"),
+    "content_encoded": Reason("read", "the server compressed the answer although this was declined"),
+    "hash_mismatch": Reason("read", "the bytes are not those whose md5 or sha256 the table states"),
     # decoding the image
     "empty": Reason("decode", "the file has no bytes"),
     "not_an_image": Reason("decode", "the content is not an image, whatever the file is called"),
