@@ -5,6 +5,7 @@ import shlex
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +107,37 @@ class Painted:
 
 
 class Painter:
-    """A loaded generator that works on jobs; in this process, or as a Ray actor."""
+    """Works on jobs, in this process or as a Ray actor; loads the models with its first job."""
 
     def __init__(self, request: Request, threads: int | None = None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+        self._request, self._threads = request, threads
+
+    @cached_property
+    def _generator(self) -> CoGenerator:
+        if self._threads:
+            torch.set_num_threads(self._threads)
         for library in (diffusers, transformers):  # the command line has a progress bar of its own
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        self._request = request
+        request = self._request
         dtype = DTYPES[request.dtype] if request.dtype else None
-        self._generator = CoGenerator.from_pretrained(
+        generator = CoGenerator.from_pretrained(
             request.base, request.run, device=request.device, dtype=dtype, other_weights=request.other_weights
         )
-        self._generator.pipeline.set_progress_bar_config(disable=True)
-        self._by = maker(self._generator.run.manifest)["id"]
-        self._given = _given(request)
+        generator.pipeline.set_progress_bar_config(disable=True)
+        return generator
+
+    @cached_property
+    def _given(self) -> Given | None:
+        request = self._request
+        if not request.image and not request.given:
+            return None
+        return Given(
+            image=read_image(Path(request.image)) if request.image else None,
+            maps=read_given(request.given, request.given_maps) if request.given else {},
+            repaint_image=_mask(request.repaint),
+            repaint_maps=_mask(request.repaint_maps),
+        )
 
     def paint(self, jobs: Sequence[Job]) -> list[Painted]:
         """All files of these jobs, made as one batch."""
@@ -144,28 +160,13 @@ class Painter:
         bases: list[Any] = [None] * len(jobs)
         if self._request.compare:
             bases = self._generator(**asked, schedule="off", intrinsics=False).images
-        painted = []
+        painted, by = [], maker(self._generator.run.manifest)["id"]
         for i, job in enumerate(jobs):
-            about = {
-                "prompt": job.prompt,
-                "seed": job.seed,
-                "generated": made.settings,
-                "request": asdict(self._request),
-            }
-            members = sample_members(made, i, about, self._by)
+            repeat = {"command": command(self._request, job), **made.settings}
+            about = {"prompt": job.prompt, "seed": job.seed, "generated": repeat}
+            members = sample_members(made, i, about, by)
             painted.append(Painted(job.key, members, extra_files(made, i, bases[i])))
         return painted
-
-
-def _given(request: Request) -> Given | None:
-    if not request.image and not request.given:
-        return None
-    return Given(
-        image=read_image(Path(request.image)) if request.image else None,
-        maps=read_given(request.given, request.given_maps) if request.given else {},
-        repaint_image=_mask(request.repaint),
-        repaint_maps=_mask(request.repaint_maps),
-    )
 
 
 def _mask(path: str | None) -> np.ndarray | None:
