@@ -58,7 +58,7 @@ def joint_attention(
 
     if isinstance(weight, (int, float)) and weight == 0:
         zero = torch.zeros(q.shape[0], *q.shape[2:4], dtype=torch.float32, device=q.device) if share else None
-        return torch.stack([attend(q[:, 0], k[:, 0], v[:, 0]), attend(q[:, 1], both(k), both(v))], 1), zero
+        return pair(attend(q[:, 0], k[:, 0], v[:, 0]), attend(q[:, 1], both(k), both(v))), zero
     if isinstance(weight, (int, float)) and weight == 1 and not (share and not differentiates):
         out = attend(both(q), both(k), both(v)).unflatten(2, (2, -1)).transpose(1, 2)
         return out, attention_share(q, k, weight) if share else None
@@ -67,7 +67,7 @@ def joint_attention(
         g = attention_share(q, k, weight) if share else None
     else:
         image, g = merged(q, k, v, weight)
-    return torch.stack([image, attend(q[:, 1], both(k), both(v))], 1), g if share else None
+    return pair(image, attend(q[:, 1], both(k), both(v))), g if share else None
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +89,11 @@ def attention_share(q: Tensor, k: Tensor, weight: float | Tensor) -> Tensor:
 def both(x: Tensor) -> Tensor:
     """(P, 2, H, N, D) -> (P, H, 2N, D): image tokens, then intrinsic tokens. A view if laid out as (P, 2, N, H, D)."""
     return x.transpose(2, 3).flatten(1, 2).transpose(1, 2)
+
+
+def pair(image: Tensor, intrinsic: Tensor) -> Tensor:
+    """Two (P, H, N, D) -> (P, 2, H, N, D), laid out as (P, 2, N, H, D) like the kernels' own results."""
+    return torch.stack([image.transpose(1, 2), intrinsic.transpose(1, 2)], 1).transpose(2, 3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -74,6 +75,9 @@ class JointDenoiser:
         dtype: of the adapters, the network's by default.
         Raises UserError if it is installed already, the stage map misses a layer, or `lora` does not fit.
         """
+        if hasattr(network, "_orig_mod"):
+            raise UserError("the network is compiled already: install joint attention first, then compile.")
+        network = network.get_base_model() if isinstance(network, PeftModel) else network
         layers = self_attention_layers(network)
         if any(isinstance(module.processor, JointProcessor) for module in layers.values()):
             raise UserError(
@@ -248,10 +252,14 @@ class JointDenoiser:
         weights = [self.schedule.at(t, self.stages.stages) for t in times]
         timestep = times[0] if len(times) == 1 else tuple(times)
         if self._image_only(times, weights):
-            return self._step(1, [0] * self.stages.stages), timestep, *_image_rows((args, kwargs), rows, self.images)
+            return (
+                self._step(rows, 1, [0] * self.stages.stages),
+                timestep,
+                *_image_rows((args, kwargs), rows, self.images),
+            )
         if torch.is_grad_enabled():
             self._remember_in_checkpoints()
-        return self._step(2, _stage_weights(weights, sample.device)), timestep, args, kwargs
+        return self._step(rows, 2, _stage_weights(weights, sample.device)), timestep, args, kwargs
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
         """The batch's timestep, or, where the rows differ, one for each pair (G * B)."""
@@ -269,14 +277,14 @@ class JointDenoiser:
         values = times.tolist()
         return values[:1] if len(set(values)) == 1 else values
 
-    def _step(self, streams: int, weights: Sequence[float | Tensor]) -> Step:
+    def _step(self, rows: int, streams: int, weights: Sequence[float | Tensor]) -> Step:
         """weights: by stage - 1."""
         assert self.images is not None
         parts = [
             (processor, Part(self.images, streams, weights[processor.stage - 1], self.record))
             for processor in self.processors.values()
         ]
-        return Step(self.holder, self.images, streams, parts)
+        return Step(self.holder, rows // (2 * self.images), streams, self.images, parts)
 
     def _image_only(self, times: list[float], weights: list[tuple[float, ...]]) -> bool:
         if self._last_active is None:
@@ -313,7 +321,7 @@ class JointDenoiser:
                 raise UserError(
                     f"a LoRA is fused into {name}, where it acts on the intrinsics too: call unfuse_lora() first."
                 )
-            confine(layer, self.holder.images)
+            confine(layer, self.holder.guidance)
 
 
 def _adapters(

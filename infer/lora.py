@@ -47,14 +47,17 @@ class StreamLinear(nn.Module):
         return (x.to(self.down.dtype) @ self.down.mT) @ self.up.mT * (self.alpha / self.rank)
 
     def forward(self, y: Tensor, x: Tensor, images: int) -> Tensor:
-        """y = base(x), (G*2*B, N, C_out) of x, (G*2*B, N, C_in), with B = images -> (G*2*B, N, C_out)."""
-        streams = y.unflatten(0, (-1, 2, images))
+        """y = base(x), (G*2*B, N, C_out), of x, (G*2*B, N, C_in), with B = images. Adds to y in place, and returns it."""
         delta = self.delta(x.unflatten(0, (-1, 2, images))[:, 1]).to(y.dtype)
-        return torch.stack([streams[:, 0], streams[:, 1] + delta], 1).flatten(0, 2)
+        y.unflatten(0, (-1, 2, images))[:, 1] += delta
+        return y
 
 
-def confine(layer: BaseTunerLayer, images: Callable[[], int | None]) -> None:
-    """Make a peft layer act on the image's rows only. images(): B while a batch holds two streams, else None.
+def confine(layer: BaseTunerLayer, guidance: Callable[[], int | None]) -> None:
+    """Make a peft layer act on the image's rows only. guidance(): G while a batch holds two streams, else None.
+
+    A layer may see several rows for each of the batch's, one after the other (PixArt embeds a picture's height and width
+    so): (G, 2, B * m).
 
     The layer's own forward is shadowed on this instance, so peft's switches (strengths, enabling, unloading) keep working
     and unloading the adapter leaves nothing behind. Harmless when repeated.
@@ -64,13 +67,13 @@ def confine(layer: BaseTunerLayer, images: Callable[[], int | None]) -> None:
     original: Callable[..., Tensor] = layer.forward  # type: ignore[attr-defined]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        count = images()
-        if count is None:
+        groups = guidance()
+        if groups is None:
             return original(x, *args, **kwargs)
-        image, intrinsic = x.unflatten(0, (-1, 2, count)).unbind(1)
+        image, intrinsic = x.unflatten(0, (groups, 2, -1)).unbind(1)
         adapted = original(image.flatten(0, 1), *args, **kwargs)
         plain = layer.get_base_layer()(intrinsic.flatten(0, 1))
-        return torch.stack([adapted.unflatten(0, (-1, count)), plain.unflatten(0, (-1, count))], 1).flatten(0, 2)
+        return torch.stack([adapted.unflatten(0, (groups, -1)), plain.unflatten(0, (groups, -1))], 1).flatten(0, 2)
 
     layer.__dict__["_ildm_forward"] = original
     layer.__dict__["forward"] = forward

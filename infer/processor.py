@@ -108,9 +108,9 @@ class Holder:
 
     step: "Step | None" = None
 
-    def images(self) -> int | None:
-        """B while both streams are in the batch, else None."""
-        return self.step.images if self.step is not None and self.step.streams == 2 else None
+    def guidance(self) -> int | None:
+        """G while both streams are in the batch, else None."""
+        return self.step.guidance if self.step is not None and self.step.streams == 2 else None
 
 
 @dataclass
@@ -118,8 +118,9 @@ class Step:
     """One forward of the network: a part for every layer. `with step:` hands them out, and puts back what was before."""
 
     holder: Holder
-    images: int
+    guidance: int  # G
     streams: int
+    images: int  # B
     parts: list[tuple[JointProcessor, Part]]
     before: "list[Step | None]" = field(default_factory=list)
 

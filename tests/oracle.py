@@ -28,7 +28,7 @@ class Processor:
         y = base(x)
         key = f"{self.layer}.{path}"
         if f"{key}.lora_A.weight" in self.lora:
-            down, up = (self.lora[f"{key}.lora_{half}.weight"].detach().double() for half in "AB")
+            down, up = (self.lora[f"{key}.lora_{half}.weight"].double() for half in "AB")
             intrinsic = (torch.arange(len(x)) // self.images % 2 == 1).double().reshape(-1, 1, 1)
             y = y + intrinsic * self.scale * (x @ down.mT @ up.mT)
         return y

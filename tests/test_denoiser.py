@@ -68,8 +68,7 @@ def by_oracle(
             return {key: double(value) for key, value in x.items()}
         return x.double() if isinstance(x, Tensor) else x
 
-    with torch.no_grad():
-        return tiny.forward(exact, double(arguments)), {name: p.share for name, p in processors.items()}
+    return tiny.forward(exact, double(arguments)), {name: p.share for name, p in processors.items()}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -251,6 +250,8 @@ def test_wrong_use_is_a_sentence():
         denoiser.prepare(0)
     with pytest.raises(UserError, match="not one of"):
         JointDenoiser.install(tiny.sd15(), rank=4, targets=("q", "ff"))
+    with pytest.raises(UserError, match="compiled already"):
+        JointDenoiser.install(torch.compile(tiny.sd15()))
     with pytest.raises(UserError, match="no self-attention"):
         JointDenoiser.install(nn.Linear(2, 2))
 
@@ -307,6 +308,28 @@ def test_training_changes_the_adapters_only_and_untrained_adapters_are_the_base(
     assert not torch.equal(tiny.forward(network, arguments), expected)
     denoiser.uninstall()
     assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+@pytest.mark.parametrize("weight", [0.4, 1.0])
+@pytest.mark.parametrize("base", ["sd15", "pixart_alpha"])
+def test_the_adapters_gradients_equal_the_float64_formula_for_the_image_term_and_the_intrinsic_term(base, weight):
+    network = tiny.NETWORKS[base]()
+    stock, arguments = copy.deepcopy(network), tiny.inputs(network, ROWS)
+    denoiser = trained(network)
+    parameters = denoiser.freeze()
+    denoiser.prepare(IMAGES, Gaussian(tau=500.0, alpha=weight))
+    for stream in (0, 1):  # the image's loss teaches the adapters too, through the keys and values that it reads
+        found = []
+        for output in (
+            tiny.forward(network, arguments),
+            by_oracle(stock, arguments, weight, denoiser.lora_weights())[0],
+        ):
+            loss = output.unflatten(0, (-1, 2, IMAGES))[:, stream].square().mean()
+            found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+        for mine, expected in zip(*found, strict=True):
+            mine, expected = (torch.zeros(1) if g is None else g for g in (mine, expected))
+            torch.testing.assert_close(mine, expected.float(), rtol=1e-3, atol=1e-5)
+        assert any(g is not None and g.abs().max() > 1e-6 for g in found[0])
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl", "pixart_sigma"])
@@ -558,6 +581,25 @@ def test_a_community_lora_leaves_the_intrinsic_streams_own_layers_untouched(tmp_
     ours, plain = (seen[name][0].unflatten(0, (-1, 2, IMAGES)) for name in ("with", "without"))
     torch.testing.assert_close(ours[:, 1], plain[:, 1], rtol=0, atol=1e-6)
     assert (ours[:, 0] - plain[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("first", ["lora", "install"])
+@torch.no_grad()
+def test_a_community_lora_on_pixart_comes_by_stock_peft(tmp_path, first):
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "proj_out", "linear_1"], init_lora_weights=False)
+    peft.get_peft_model(tiny.pixart_alpha(), config).save_pretrained(tmp_path)
+    arguments = tiny.inputs(tiny.pixart_alpha(), ROWS)
+    plain = tiny.pixart_alpha()
+    expected = tiny.forward(peft.PeftModel.from_pretrained(tiny.pixart_alpha(), tmp_path), image_inputs(arguments))
+    assert (expected - tiny.forward(plain, image_inputs(arguments))).abs().max() > 1e-3
+    if first == "lora":
+        network = peft.PeftModel.from_pretrained(plain, tmp_path)
+        denoiser = trained(network)
+    else:
+        denoiser = trained(plain)
+        network = peft.PeftModel.from_pretrained(plain, tmp_path)
+    denoiser.prepare(IMAGES, Off())
+    torch.testing.assert_close(image_rows(tiny.forward(network, arguments)), expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
