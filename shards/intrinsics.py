@@ -190,10 +190,19 @@ def _all_valid(values: np.ndarray) -> np.ndarray:
 # ---- PNG -------------------------------------------------------------------------------------------------------------
 
 
+# Run-length coding of the differences to the row above: beside zlib's level 1 with a choice of filters, maps are written
+# twice as fast, read half again as fast, and get smaller (python -m benchmarks.images).
+_PNG_OPTIONS = (
+    *(cv2.IMWRITE_PNG_COMPRESSION, 1),
+    *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
+)
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A lossless PNG of uint8 or uint16 (H, W) or uint8 RGB (H, W, 3), at the fast compression level 1."""
+    """A lossless PNG of uint8 or uint16 (H, W) or uint8 RGB (H, W, 3), written fast."""
     ordered = pixels if pixels.ndim == 2 else pixels[..., ::-1]  # cv2 wants BGR
-    ok, data = cv2.imencode(".png", np.ascontiguousarray(ordered), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    ok, data = cv2.imencode(".png", np.ascontiguousarray(ordered), _PNG_OPTIONS)
     if not ok:
         raise MapError(f"a map of shape {pixels.shape} and type {pixels.dtype} cannot be written as PNG")
     return data.tobytes()
