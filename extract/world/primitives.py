@@ -1,0 +1,148 @@
+"""Rays against canonical convex bodies within [-1, 1]^3, and what the surface is like where they hit.
+
+Arrays are (3, N): one contiguous row per coordinate. A ray is o + t d in the body's own frame, where o and d may be
+(3, 1) if all rays share them. Because bodies are only moved, turned and scaled, t is the same as in the world.
+
+    sphere    |p| = 1                          cylinder  x^2 + z^2 = 1, |y| <= 1
+    cone      apex (0, 1, 0), base y = -1      box, pyramid (apex (0, 1, 0)), wedge (ridge along x at y = 1): FACES
+    plane     y = 0, seen from y > 0; infinite
+"""
+
+import numpy as np
+
+FACES: dict[str, np.ndarray] = {
+    "box": np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]], np.float32),
+    "pyramid": np.array([[2, 1, 0], [-2, 1, 0], [0, 1, 2], [0, 1, -2], [0, -1, 0]], np.float32),
+    "wedge": np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 2], [0, 1, -2], [0, -1, 0]], np.float32),
+}
+"""Rows n of the faces n . p = 1 of each polyhedron; inside is n . p <= 1 for all of them."""
+KINDS = ("sphere", "cylinder", "cone", "plane", *FACES)
+MAX_FACES = 8
+_TINY = np.float32(1e-12)
+
+
+def intersect(kind: str, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where rays enter and leave a body: float (t_in, t_out), each (N,); t_in > t_out or NaN where they miss it.
+
+    t may be negative: behind the ray's origin. For "plane" only t_in counts, and only rays from above hit.
+    """
+    with np.errstate(all="ignore"):
+        if kind in FACES:
+            return _polyhedron(FACES[kind].astype(d.dtype, copy=False), o, d)
+        return _BODIES[kind](o, d)
+
+
+def _polyhedron(faces: np.ndarray, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    speed = faces @ d + _TINY  # (F, N)
+    t = (1 - faces @ o) / speed
+    entering = speed < 0
+    return np.where(entering, t, -np.inf).max(axis=0), np.where(entering, np.inf, t).min(axis=0)
+
+
+def _quadratic(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Roots of a t^2 + 2 b t + c, the smaller first if a > 0; NaN where there are none."""
+    root = np.sqrt(b * b - a * c)
+    return (-b - root) / a, (-b + root) / a
+
+
+def _sphere(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # The discriminant from the ray's nearest point to the centre: c = |o|^2 - 1 would cancel in float32 from far away.
+    a = (d * d).sum(axis=0)
+    middle = -(o * d).sum(axis=0) / a
+    nearest = o + middle * d
+    half = np.sqrt((1 - (nearest * nearest).sum(axis=0)) / a)
+    return middle - half, middle + half
+
+
+def _cylinder(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a = d[0] * d[0] + d[2] * d[2] + _TINY
+    middle = -(o[0] * d[0] + o[2] * d[2]) / a
+    x, z = o[0] + middle * d[0], o[2] + middle * d[2]
+    half = np.sqrt((1 - x * x - z * z) / a)
+    lid, base = (1 - o[1]) / (d[1] + _TINY), (-1 - o[1]) / (d[1] + _TINY)
+    return np.maximum(middle - half, np.minimum(lid, base)), np.minimum(middle + half, np.maximum(lid, base))
+
+
+def _cone(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # 4 (x^2 + z^2) = (1 - y)^2 from the base to the apex. The line meets a convex body's boundary twice or never, so
+    # among the crossings of the side and of the base that lie on the body, the first is the way in, the last the way out.
+    # Crossings are counted from the ray's nearest point to the axis' middle, else float32 would cancel from far away.
+    start = -(o * d).sum(axis=0) / (d * d).sum(axis=0)
+    o = o + start * d
+    h = 1 - o[1]
+    a = 4 * (d[0] * d[0] + d[2] * d[2]) - d[1] * d[1]
+    b = 4 * (o[0] * d[0] + o[2] * d[2]) + h * d[1]
+    c = 4 * (o[0] * o[0] + o[2] * o[2]) - h * h
+    first, second = _quadratic(np.where(np.abs(a) < 1e-6, np.asarray(1e-6, d.dtype), a), b, c)
+    base = (-1 - o[1]) / (d[1] + _TINY)
+    x, z = o[0] + base * d[0], o[2] + base * d[2]
+    t = np.stack(np.broadcast_arrays(first, second, base))
+    y = o[1] + t[:2] * d[1]
+    on = np.concatenate([(y >= -1) & (y <= 1), (x * x + z * z <= 1)[None]])
+    return start + np.where(on, t, np.inf).min(axis=0), start + np.where(on, t, -np.inf).max(axis=0)
+
+
+def _plane(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    t = -o[1] / d[1]
+    t = np.where((o[1] > 0) & (d[1] < 0), t, np.nan)
+    return t, np.full_like(t, np.inf)
+
+
+_BODIES = {"sphere": _sphere, "cylinder": _cylinder, "cone": _cone, "plane": _plane}
+
+
+def describe_hits(kind: str, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the surface is like at points p (3, N) on a body, in the body's frame.
+
+    scale: (3,) half extents in metres. Returns (face int (N,) below MAX_FACES, normal (3, N), not of unit length and to be
+    turned to the world by the rotation alone, uv (2, N) texture coordinates in metres, v upwards on upright faces).
+    """
+    if kind in FACES:
+        return _polyhedron_hits(FACES[kind], p, scale)
+    s = scale[:, None]
+    if kind == "plane":
+        face = np.zeros(p.shape[1], np.int16)
+        up = np.zeros_like(p)
+        up[1] = 1
+        return face, up, p[[0, 2]] * s[[0, 2]]
+    if kind == "sphere":
+        r = float(scale.max())
+        latitude = np.arcsin(np.clip(p[1], -1, 1))
+        return np.zeros(p.shape[1], np.int16), p / s, np.stack([np.arctan2(p[0], p[2]) * r, latitude * r])
+    return _round_hits(kind, p, scale)
+
+
+def _round_hits(kind: str, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cylinder and cone: face 0 is the side, 1 the lid, 2 the base."""
+    radius = np.sqrt(p[0] * p[0] + p[2] * p[2])
+    if kind == "cylinder":
+        face = np.where(np.abs(p[1]) < radius, 0, np.where(p[1] > 0, 1, 2)).astype(np.int16)
+        side = np.stack([p[0], np.zeros_like(radius), p[2]])
+    else:
+        face = np.where(np.abs(radius - (1 - p[1]) / 2) < p[1] + 1, 0, 2).astype(np.int16)
+        side = np.stack([p[0], radius / 2, p[2]])
+    flat = np.zeros_like(p)
+    flat[1] = np.where(face == 1, 1, -1)
+    on_side = face == 0
+    u = np.where(on_side, np.arctan2(p[0], p[2]) * max(scale[0], scale[2]), p[0] * scale[0])
+    v = np.where(on_side, p[1] * scale[1], p[2] * scale[2])
+    return face, np.where(on_side, side, flat) / scale[:, None], np.stack([u, v])
+
+
+def _polyhedron_hits(faces: np.ndarray, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    length = np.linalg.norm(faces, axis=1, keepdims=True)
+    face = ((faces @ p - 1) / length).argmax(axis=0).astype(np.int16)
+    normals = faces / scale
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    level = np.abs(normals[:, 1:2]) > 0.99
+    across = np.cross(np.where(level, [[0, 0, -1]], [[0, 1, 0]]), normals)
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    upwards = np.cross(normals, across)
+    axes = (np.stack([across, upwards]) * scale).astype(np.float32)  # (2, F, 3)
+    uv = np.take_along_axis(axes @ p, face[None, None].astype(np.intp), axis=1)[:, 0]
+    return face, normals.T[:, face].astype(p.dtype), uv
+
+
+def corners() -> np.ndarray:
+    """(3, 8): the corners of the cube [-1, 1]^3 that holds every body but the plane."""
+    return np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1], indexing="ij")).reshape(3, 8).astype(np.float32)

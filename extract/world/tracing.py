@@ -1,0 +1,208 @@
+"""From a scene and pixel positions to what is seen there, and which of it lies in the shadow of which light."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from extract.world.primitives import MAX_FACES, corners, describe_hits, intersect
+from extract.world.scene import Light, Primitive, Scene
+
+FLOOR_FAR_M = 100.0
+"""Depth at which the floor ends and the sky begins: close enough to the horizon, yet finite."""
+_NEAR_M = 0.05
+
+
+@dataclass(frozen=True)
+class Rays:
+    """Rays through pixel positions. x, y: float32 (N,), pixels from the image's left and top edges.
+
+    direction: float32 (3, N) in the world; along it the parameter t is z-depth in metres.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    direction: np.ndarray
+    grid: tuple[int, int] | None
+    """(height, width) where the rays are the pixel centres of an image, in row-major order."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A scene's camera at one image size. focal_px: focal length in pixels; cx, cy: the principal point."""
+
+    rotation: np.ndarray
+    position: np.ndarray
+    focal_px: float
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, scene: Scene, height: int, width: int) -> "View":
+        camera = scene.camera
+        position = np.array(camera.position, np.float32)
+        return cls(camera.rotation(), position, camera.focal * min(height, width), width, height)
+
+    def grid(self) -> Rays:
+        """The rays of all pixel centres."""
+        x = np.tile(np.arange(self.width, dtype=np.float32) + 0.5, self.height)
+        y = np.repeat(np.arange(self.height, dtype=np.float32) + 0.5, self.width)
+        return self.rays(x, y, (self.height, self.width))
+
+    def rays(self, x: np.ndarray, y: np.ndarray, grid: tuple[int, int] | None = None) -> Rays:
+        """The rays through positions x, y (N,) in pixels."""
+        in_camera = np.empty((3, len(x)), np.float32)
+        in_camera[0] = (x - self.width / 2) / self.focal_px
+        in_camera[1] = (self.height / 2 - y) / self.focal_px
+        in_camera[2] = -1
+        return Rays(x, y, self.rotation.astype(np.float32) @ in_camera, grid)
+
+    def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """World points (3, N) -> (x, y in pixels, z-depth in metres)."""
+        p = self.rotation.T @ (points - self.position[:, None])
+        z = -p[2]
+        safe = np.where(np.abs(z) < 1e-6, 1e-6, z)
+        return self.width / 2 + self.focal_px * p[0] / safe, self.height / 2 - self.focal_px * p[1] / safe, z
+
+    def bounds(self, body: Primitive) -> tuple[float, float, float, float] | None:
+        """(left, top, right, bottom) in pixels that hold the body; None if it can be anywhere."""
+        if body.kind == "plane":
+            return None
+        x, y, z = self.project(body_corners(body))
+        if z.min() < _NEAR_M:
+            return None
+        return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+
+
+def body_corners(body: Primitive) -> np.ndarray:
+    """(3, 8) world corners of the box that holds a body."""
+    return body.rotation @ (corners() * body.scale[:, None]) + body.centre[:, None]
+
+
+def _within(rays: Rays, bounds: tuple[float, float, float, float] | None) -> np.ndarray:
+    """Indices of the rays inside the bounds."""
+    if bounds is None:
+        return np.arange(len(rays.x))
+    left, top, right, bottom = bounds
+    if rays.grid is not None:
+        height, width = rays.grid
+        x0, x1 = max(int(left - 0.5), 0), min(int(right + 1), width)
+        y0, y1 = max(int(top - 0.5), 0), min(int(bottom + 1), height)
+        if x0 >= x1 or y0 >= y1:
+            return np.empty(0, np.intp)
+        return (np.arange(y0, y1)[:, None] * width + np.arange(x0, x1)).ravel()
+    return np.flatnonzero((rays.x >= left) & (rays.x <= right) & (rays.y >= top) & (rays.y <= bottom))
+
+
+def _to_body(body: Primitive) -> np.ndarray:
+    """(3, 3) float32 from the world's axes to the body's canonical ones."""
+    return (body.rotation.T / body.scale[:, None]).astype(np.float32)
+
+
+def crossings(body: Primitive, view: View, rays: Rays) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of rays that hit the body, their z-depths in metres)."""
+    index = _within(rays, view.bounds(body))
+    if not len(index):
+        return index, np.empty(0, np.float32)
+    to_body = _to_body(body)
+    o = to_body @ (view.position - body.centre.astype(np.float32))[:, None]
+    direction = rays.direction if len(index) == len(rays.x) else rays.direction[:, index]
+    t_in, t_out = intersect(body.kind, o, to_body @ direction)
+    far = FLOOR_FAR_M if body.kind == "plane" else np.inf
+    with np.errstate(invalid="ignore"):
+        hit = (t_in <= t_out) & (t_in > _NEAR_M) & (t_in < far)
+    return index[hit], t_in[hit]
+
+
+def nearest(scene: Scene, view: View, rays: Rays) -> tuple[np.ndarray, np.ndarray]:
+    """(z-depth float32 (N,), +inf for sky; index of the primitive int16 (N,), -1 for sky)."""
+    depth = np.full(len(rays.x), np.inf, np.float32)
+    body_of = np.full(len(rays.x), -1, np.int16)
+    for k, body in enumerate(scene.primitives):
+        index, t = crossings(body, view, rays)
+        closer = t < depth[index]
+        index = index[closer]
+        depth[index] = t[closer]
+        body_of[index] = k
+    return depth, body_of
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What rays see, sorted by primitive so that each one's hits are a slice. Rays that see sky are left out.
+
+    All arrays have one column per hit: `order` the ray, depth z in metres, point and unit normal (3, M) in the world,
+    uv (2, M) in metres on the surface, face below MAX_FACES. slices: (primitive index, slice of the columns) in order.
+    """
+
+    order: np.ndarray
+    depth: np.ndarray
+    direction: np.ndarray
+    point: np.ndarray
+    normal: np.ndarray
+    uv: np.ndarray
+    face: np.ndarray
+    slices: tuple[tuple[int, slice], ...]
+
+    def surface_ids(self, n: int) -> np.ndarray:
+        """int32 (n,): a number per ray that changes where one smooth surface ends and another begins; 0 for sky."""
+        ids = np.zeros(n, np.int32)
+        for k, part in self.slices:
+            ids[self.order[part]] = 1 + k * MAX_FACES + self.face[part]
+        return ids
+
+
+def trace(scene: Scene, view: View, rays: Rays) -> Hits:
+    """Everything that the rays see first."""
+    depth, body_of = nearest(scene, view, rays)
+    order = np.argsort(body_of, kind="stable")
+    counts = np.bincount(body_of[order] + 1, minlength=len(scene.primitives) + 1)
+    order = order[counts[0] :]
+    edges = np.concatenate([[0], np.cumsum(counts[1:])])
+    slices = tuple((k, slice(edges[k], edges[k + 1])) for k in range(len(scene.primitives)) if counts[k + 1])
+    z, direction = depth[order], rays.direction[:, order]
+    point = view.position[:, None] + z * direction
+    normal, uv = np.empty_like(point), np.empty_like(point[:2])
+    face = np.empty(len(order), np.int16)
+    for k, part in slices:
+        body = scene.primitives[k]
+        local = _to_body(body) @ (point[:, part] - body.centre.astype(np.float32)[:, None])
+        face[part], n, uv[:, part] = describe_hits(body.kind, local, body.scale.astype(np.float32))
+        normal[:, part] = body.rotation.astype(np.float32) @ n
+    normal /= np.sqrt((normal * normal).sum(axis=0))
+    return Hits(order, z, direction, point, normal, uv, face, slices)
+
+
+def shadows(scene: Scene, light: Light, hits: Hits, facing: np.ndarray, jitter: np.ndarray | None = None) -> np.ndarray:
+    """bool (M,): hits from which the light is hidden by another primitive.
+
+    facing: bool (M,), the hits worth asking for. jitter: float32 (3, M) moves the light per hit (for soft edges).
+    """
+    dark = np.zeros(len(hits.order), bool)
+    asked = np.flatnonzero(facing)
+    if not len(asked):
+        return dark
+    body_of = np.empty(len(hits.order), np.int16)
+    for k, part in hits.slices:
+        body_of[part] = k
+    body_of, point = body_of[asked], hits.point[:, asked]
+    target = np.array(light.point, np.float32)[:, None] + (0 if jitter is None else jitter[:, asked])
+    to_light = np.broadcast_to(target, point.shape) if light.sun else target - point
+    length = np.sqrt((to_light * to_light).sum(axis=0))
+    unit = to_light / length
+    for k, body in enumerate(scene.primitives):
+        if body.kind == "plane":
+            continue
+        # A body darkens only what its bounding sphere hides: the sphere's centre is near the line and towards the light.
+        away = body.centre.astype(np.float32)[:, None] - point
+        along = (away * unit).sum(axis=0)
+        radius = np.float32(np.linalg.norm(body.scale) if body.kind != "sphere" else body.scale.max())
+        near = ((away * away).sum(axis=0) - along * along < radius * radius) & (along > -radius) & (body_of != k)
+        index = np.flatnonzero(near & (along - radius < length))
+        if not len(index):
+            continue
+        to_body = _to_body(body)
+        t_in, t_out = intersect(body.kind, to_body @ -away[:, index], to_body @ unit[:, index])
+        with np.errstate(invalid="ignore"):
+            hit = (t_in <= t_out) & (t_out > 1e-3) & (t_in < length[index])
+        dark[asked[index[hit]]] = True
+    return dark
