@@ -57,14 +57,12 @@ def maps_of(photo: np.ndarray) -> dict[str, np.ndarray]:
         [cv2.Sobel(smooth, cv2.CV_32F, 1, 0), -cv2.Sobel(smooth, cv2.CV_32F, 0, 1), np.full_like(smooth, 0.3)]
     )
     normal /= np.linalg.norm(normal, axis=2, keepdims=True)
-    lines = 255 - cv2.normalize(
-        cv2.absdiff(cv2.GaussianBlur(grey, (0, 0), 1), cv2.GaussianBlur(grey, (0, 0), 2)), None, 0, 255, cv2.NORM_MINMAX
-    )
+    edges = cv2.absdiff(cv2.GaussianBlur(grey, (0, 0), 1), cv2.GaussianBlur(grey, (0, 0), 2)).astype(np.float32)
     return {
         "depth": depth.astype(np.uint16),
         "normal": np.rint(127.5 * (normal + 1)).astype(np.uint8),
         "segmentation": order_segments(felzenszwalb(photo, scale=300, sigma=0.8, min_size=200) + 1),
-        "line": 255 - lines,
+        "line": np.rint(255 * edges / max(1.0, float(edges.max()))).astype(np.uint8),
     }
 
 

@@ -4,8 +4,8 @@ Nothing is believed: the content is sniffed, and bytes, pixels and sides are lim
 Only the formats of READABLE are ever opened (no SVG, PDF or PostScript). What is done to an image, in this order:
 
     decode (JPEGs far larger than needed at 1/2, 1/4 or 1/8 scale), grey from 16 bits, palette to RGB, transparency onto
-    white, EXIF or XMP orientation, centre crop if asked for, shorter side down to size_px (Lanczos; never up),
-    ICC profile to sRGB, RGB.
+    white, EXIF or XMP orientation, centre crop if asked for, shorter side down to size_px (area means and Lanczos;
+    never up), ICC profile to sRGB, RGB.
 
 Source bytes are stored untouched when they are in the dataset's format and nothing of the above was needed; greyscale
 sources are always stored anew, so that every stored image has three channels. Everything else is encoded (JPEG of
@@ -336,7 +336,8 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepare
     if resized:
         draft_x, draft_y = image.width / width, image.height / height
         box = (x * draft_x, y * draft_y, (x + crop_width) * draft_x, (y + crop_height) * draft_y)
-        image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        # First by whole factors with area means, then Lanczos: never worse than area alone, and faster than Lanczos alone.
+        image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=1.0)
     elif cropped:
         image = image.crop((x, y, x + crop_width, y + crop_height))
     image, icc = to_srgb(image, loaded.profile)

@@ -167,7 +167,7 @@ def test_decoding_large_jpegs_at_a_reduced_scale_changes_nothing_to_be_seen(crop
     rules = ImageRules(size_px=128, crop=crop, format="png")  # type: ignore[arg-type]
     with Image.open(io.BytesIO(content)) as image:
         whole = np.asarray(image)
-    assert psnr(prepare(whole, rules).pixels, prepare(content, rules).pixels) > 40
+    assert psnr(prepare(whole, rules).pixels, prepare(content, rules).pixels) > 36
     assert prepare(content, rules).record["original_size"] == [2100, 1500]
 
 
