@@ -1,6 +1,9 @@
 """The table of reasons why an input gives no sample: each is a slug, the stage it belongs to, and what it means.
 
-The slugs stand in the shards' failure files and statistics, the explanations in docs/sources.md (a test compares them).
+The slugs stand in the shards' failure files and statistics, the explanations in docs/failures.md. Whoever changes the
+table writes that page anew:
+
+    python -m extract.reasons > docs/failures.md
 """
 
 from typing import NamedTuple
@@ -24,7 +27,7 @@ REASONS: dict[str, Reason] = {
     ),
     "broken_link": Reason("read", "a symbolic link that leads to nothing, or in a circle"),
     "not_a_file": Reason("read", "a folder, pipe, socket or device with the name of an image"),
-    "unreadable": Reason("read", "the operating system or the object store refused to read the file"),
+    "unreadable": Reason("read", "the operating system or the object store refused to read the file", passing=True),
     "too_many_bytes": Reason("read", "the file is larger than max_bytes"),
     "bad_row": Reason("read", "a row of the table that cannot be read, or that names no file"),
     "duplicate_row": Reason(
@@ -86,3 +89,29 @@ REASONS: dict[str, Reason] = {
     "too_many_scans": Reason("decode", "a progressive JPEG of so many scans that decoding it would take minutes"),
     "out_of_memory": Reason("decode", "there was not enough memory to decode the image"),
 }
+
+_PAGE = """# Why an input gives no sample
+
+Every input of a run is either a sample of a shard, or one line of the shard's `.failed.jsonl`: its key, the stage at
+which it failed, a reason of this table, and a message with the particulars. `python -m shards stats URL` counts them.
+
+This page is written by `python -m extract.reasons > docs/failures.md`. A *passing* failure may well succeed at another
+attempt; all others are final.
+
+| reason | stage | what it means |
+|---|---|---|
+{rows}
+"""
+
+
+def page() -> str:
+    """docs/failures.md."""
+    rows = (
+        f"| `{name}` | {reason.stage} | {reason.explanation}{' (*passing*)' if reason.passing else ''} |"
+        for name, reason in REASONS.items()
+    )
+    return _PAGE.format(rows="\n".join(rows))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -186,6 +186,7 @@ def test_one_table_at_the_top_is_found_and_joined(tmp_path: Path, suffix: str) -
     }
     width = "7" if suffix in ("csv", "tsv") else 7  # a csv has no types: fields stay as they stand there
     assert samples["b.jpg"].meta == {**ROWS[0], "width": width, "file": "b.jpg"}
+    assert samples["a.jpg"].meta == {"file_name": None, "text": None, "width": None, "file": "a.jpg"}
     (failure,) = (output for output in found if isinstance(output, Failure))
     assert failure.reason == "missing_file" and "gone.jpg" in failure.message
 

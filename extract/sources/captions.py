@@ -104,21 +104,22 @@ class Table:
     """A table of captions in a folder: csv or tsv with a header, jsonl, or parquet.
 
     file_column, caption_column: the columns; found by their usual names (FILE_FIELDS, CAPTION_FIELDS) if None.
+    columns: all of them, by the first row.
     """
 
     def __init__(self, folder: Folder, name: str, file_column: str | None, caption_column: str | None) -> None:
         self.folder, self.name = folder, name
         with folder.open(name) as file:
-            columns = self._columns(file)
-        self.file_column = self._column(columns, file_column, FILE_FIELDS, "file_column", "names the image files")
-        self.caption_column = self._column(columns, caption_column, CAPTION_FIELDS, "caption_column", "holds captions")
+            self.columns = self._columns(file)
+        self.file_column = self._column(file_column, FILE_FIELDS, "file_column", "names the image files")
+        self.caption_column = self._column(caption_column, CAPTION_FIELDS, "caption_column", "holds captions")
 
     def _columns(self, file: IO[bytes]) -> list[str]:
         """The columns of the first row that can be read."""
         return next((list(record) for _, record in self._records(file) if not isinstance(record, str)), [])
 
-    def _column(self, columns: list[str], given: str | None, usual: tuple[str, ...], setting: str, what: str) -> str:
-        address = self.folder.address(self.name)
+    def _column(self, given: str | None, usual: tuple[str, ...], setting: str, what: str) -> str:
+        address, columns = self.folder.address(self.name), self.columns
         if given is not None:
             if given not in columns:
                 raise UsageError(f"{address} has no column {given!r}; it has {', '.join(columns) or 'none'}")

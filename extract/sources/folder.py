@@ -149,6 +149,7 @@ class FolderSource:
         table = Table(folder, name, self.file_column, self.caption_column) if name else None
         rows, spare = _rows_by_path(table) if table else ({}, [])
         column = table.caption_column if table else self.caption_column
+        blank = json.dumps(dict.fromkeys(table.columns)).encode() if table else None  # all samples get the same fields
         empty = True
         for found in walk(folder):
             empty = False
@@ -160,7 +161,7 @@ class FolderSource:
                         f"{self.path} has captions in {name} and also beside its images "
                         f"({show(found.text or found.json or b'')}); choose with source.captions = {name!r} or 'beside'"
                     )
-                item = Item(found.path, row=rows.pop(found.path, None), column=column)
+                item = Item(found.path, row=rows.pop(found.path, blank), column=column)
             elif self._captions == "none":
                 item = Item(found.path)
             else:
