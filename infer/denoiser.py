@@ -50,7 +50,8 @@ class JointDenoiser:
         self.record: Record | None = None
         self.shares: list[Share] = []
         self._originals: dict[str, Any] = {}
-        self._forward: Callable[..., Any] = network.forward
+        self._stock_forward: Callable[..., Any] = network.forward
+        self._forward = self._stock_forward  # or its compiled form
         self._wrapper: Callable[..., Any] | None = None
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._last_active: float | None = None  # image only below this timestep; None: never
@@ -130,7 +131,7 @@ class JointDenoiser:
         for parameter, before in self._frozen:
             parameter.requires_grad_(before)
         if self.network.__dict__.get("_old_forward") is self._wrapper:  # an offload hook sits on top of ours
-            self.network._old_forward = self._forward  # type: ignore[assignment]
+            self.network._old_forward = self._stock_forward  # type: ignore[assignment]
         elif self.network.__dict__.get("forward") is self._wrapper:
             del self.network.__dict__["forward"]
             if self._instance_forward is not None:
@@ -178,7 +179,7 @@ class JointDenoiser:
 
     def compile(self, **options: Any) -> None:
         """torch.compile the network inside the wrapper; options as torch.compile takes them."""
-        self._forward = torch.compile(self._forward, **options)
+        self._forward = torch.compile(self._stock_forward, **options)
 
     def freeze(self) -> list[nn.Parameter]:
         """For training: only the adapters learn, until uninstall(). Returns lora_parameters().
