@@ -16,13 +16,22 @@ from extract.world.tracing import View, crossings
 from extract.world.vocabulary import ANONYMOUS, COLOURS, MATERIALS, SHAPES, SMALL_ENOUGH, SUPPORTS, Material
 
 _LOOK_PX = 64
-_SHARE = 0.010
-"""A thing counts only if it fills this share of the picture ..."""
-_SEEN = 0.55
-"""... and if this share of what it would cover alone is not hidden ..."""
-_FRAMED = 0.85
-"""... and if this share of its bounding box is inside the picture."""
 _ATTEMPTS = 64
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """What a thing must reach to stay in the picture: shares in 0..1."""
+
+    share: float
+    """Of the picture that it fills ..."""
+    seen: float
+    """... of what it would cover alone that is not hidden ..."""
+    framed: float
+    """... and of its bounding box that is inside the picture."""
+
+
+_PLAIN, _WILD = _Bar(0.010, 0.55, 0.85), _Bar(0.003, 0.25, 0.35)
 
 
 def compose(seed: int, index: int, *, variety: float = 0.0) -> Scene:
@@ -55,7 +64,7 @@ def _attempt(seed: int, index: int, variety: float, rng: np.random.Generator) ->
     camera = camera_for(radius, rng, wild=bool(rng.random() < variety))
     setting = setting_for(radius, camera, rng, wild=bool(rng.random() < variety))
     placed = _place(count, radius, setting, rng, wild)
-    look = _look(setting.bodies, placed, camera, 0.004 if wild else _SHARE)
+    look = _look(setting.bodies, placed, camera, _WILD if wild else _PLAIN)
     if not look:
         return None
     kept = {old: new for new, (old, _) in enumerate(look)}
@@ -81,6 +90,7 @@ def _attempt(seed: int, index: int, variety: float, rng: np.random.Generator) ->
         backdrop=setting.backdrop,
         floor=setting.floor,
         wall=setting.wall,
+        sky=setting.sky,
         caption=caption,
         relations=tuple(true),
         mentioned=named,
@@ -99,6 +109,7 @@ def _place(count: int, radius: float, setting: Setting, rng: np.random.Generator
         shape = SHAPES[rng.integers(len(SHAPES))]
         carriers = [i for i, p in enumerate(placed) if _free_top(i, placed)]
         colour = colours[number % len(colours)]
+        one: _Placed | None
         if carriers and shape in SMALL_ENOUGH and rng.random() < 0.55:
             one = _on_top(shape, colour, carriers[rng.integers(len(carriers))], placed, rng)
         else:
@@ -181,8 +192,8 @@ def _odd(shape: str, colour: str, size: float, at: tuple[float, float, float], r
     turned, lifted = yaw(float(rng.uniform(0, 2 * np.pi))), 0.0
     if squeezed:
         part, *_ = form.parts
-        stretch = rng.uniform(0.35, 1.5, 3)
-        part = replace(part, scale=tuple(part.scale * stretch), centre=(0.0, float(part.scale[1] * stretch[1]), 0.0))
+        a, b, c = (float(s * k) for s, k in zip(part.scale, rng.uniform(0.35, 1.5, 3), strict=True))
+        part = replace(part, scale=(a, b, c), centre=(0.0, b, 0.0))
         form = Plan((part,), form.reach * 1.6, 2 * part.scale[1])
         if rng.random() < 0.5:
             turned = any_rotation(rng)
@@ -190,8 +201,8 @@ def _odd(shape: str, colour: str, size: float, at: tuple[float, float, float], r
     bodies = build(
         shape=form, size=size, at=(at[0], lifted, at[2]), turned=turned, colour=(r, g, b), material=material, segment=0
     )
-    second = [replace(body.surface, second=tuple(float(c) for c in rng.random(3))) for body in bodies]
-    bodies = [replace(body, surface=surface) for body, surface in zip(bodies, second, strict=True)]
+    x, y, z = (float(c) for c in rng.random(3))
+    bodies = [replace(body, surface=replace(body.surface, second=(x, y, z))) for body in bodies]
     name = ANONYMOUS if squeezed else shape
     thing = Thing(shape=name, colour=colour, material="plain", segment=0, hue_matters=False)
     return _Placed(thing, form, at, size, tuple(bodies))
@@ -201,7 +212,7 @@ def _odd(shape: str, colour: str, size: float, at: tuple[float, float, float], r
 
 
 def _look(
-    backdrop: tuple[Primitive, ...], placed: list[_Placed], camera: Camera, share: float
+    backdrop: tuple[Primitive, ...], placed: list[_Placed], camera: Camera, bar: _Bar
 ) -> list[tuple[int, captions.Sight]]:
     """The things that are well visible, and what they look like, once those that are not were taken away.
 
@@ -218,23 +229,23 @@ def _look(
         return depth
 
     layers = np.stack([depths(backdrop), *(depths(p.bodies) for p in placed)])
-    kept = [i for i, p in enumerate(placed) if _framed(view, p) >= _FRAMED]
+    kept = [i for i, p in enumerate(placed) if _framed(view, p) >= bar.framed]
     while True:
         kept = [i for i in kept if placed[i].thing.supported_by < 0 or placed[i].thing.supported_by in kept]
         front = layers[[0, *(i + 1 for i in kept)]].argmin(axis=0)
         seen = {i: front == n + 1 for n, i in enumerate(kept)}
         seen = {i: mask & np.isfinite(layers[i + 1]) for i, mask in seen.items()}
-        worst = min(kept, key=lambda i: _worth(seen[i], layers[i + 1], share), default=None)
-        if worst is None or _worth(seen[worst], layers[worst + 1], share) >= 1:
+        worst = min(kept, key=lambda i: _worth(seen[i], layers[i + 1], bar), default=None)
+        if worst is None or _worth(seen[worst], layers[worst + 1], bar) >= 1:
             return [(i, _sight(seen[i], view, placed[i])) for i in kept]
         kept.remove(worst)
 
 
-def _worth(seen: np.ndarray, depth: np.ndarray, share: float) -> float:
+def _worth(seen: np.ndarray, depth: np.ndarray, bar: _Bar) -> float:
     """At least 1 for a thing that is well visible."""
     alone = int(np.isfinite(depth).sum())
     visible = int(seen.sum())
-    return min(visible / (share * seen.size), visible / max(alone, 1) / _SEEN)
+    return min(visible / (bar.share * seen.size), visible / max(alone, 1) / bar.seen)
 
 
 def _framed(view: View, placed: _Placed) -> float:

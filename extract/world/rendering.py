@@ -8,12 +8,12 @@ import numpy as np
 
 from extract.world.scene import Scene
 from extract.world.shading import shade, to_pixels
-from extract.world.tracing import Hits, View, trace
+from extract.world.tracing import View, trace
 from shards.errors import UserError
 from shards.intrinsics import order_segments
 
-_CONTRAST = 12
-"""Neighbouring pixels that differ by more (of 255) are rendered again with four rays."""
+_BRIGHTEST = 1.5
+"""Linear light above this is cut before averaging, else one ray's highlight would swallow an edge."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def render(scene: Scene, size_px: int | tuple[int, int]) -> Rendering:
     view = View.of(scene, height, width)
     rays = view.grid()
     hits = trace(scene, view, rays)
-    rgb = shade(scene, view, rays, hits, pixel=1.0)
+    rgb, hidden = shade(scene, view, rays, hits, pixel=1.0)
     surfaces = hits.surface_ids(height * width)
 
     depth = np.full(height * width, np.inf, np.float32)
@@ -62,7 +62,7 @@ def render(scene: Scene, size_px: int | tuple[int, int]) -> Rendering:
         segment[hits.order[part]] = scene.primitives[k].segment
 
     pixels = to_pixels(rgb, scene.exposure).T.reshape(height, width, 3)
-    fine = _refine(scene, view, rgb, surfaces.reshape(height, width), np.ascontiguousarray(pixels))
+    fine = _refine(scene, view, pixels, surfaces.reshape(height, width), hidden.reshape(height, width))
     ids = segment.reshape(height, width)
     ordered = order_segments(ids + 1)
     return Rendering(
@@ -84,42 +84,38 @@ class _Fine:
     line: np.ndarray
 
 
-def _refine(scene: Scene, view: View, rgb: np.ndarray, surfaces: np.ndarray, pixels: np.ndarray) -> _Fine:
-    """Anti-aliasing: four rays for each pixel near an edge of any kind, and the outlines seen at that double resolution."""
-    height, width = surfaces.shape
-    edges = np.zeros((height, width), np.uint8)
-    low, high = cv2.erode(pixels, np.ones((3, 3), np.uint8)), cv2.dilate(pixels, np.ones((3, 3), np.uint8))
-    edges[(high - low).max(axis=2) > _CONTRAST] = 1
-    seams = _differs(surfaces)
-    edges |= cv2.dilate(seams, np.ones((3, 3), np.uint8))
-    row, column = np.nonzero(edges)
+def _refine(scene: Scene, view: View, pixels: np.ndarray, surfaces: np.ndarray, hidden: np.ndarray) -> _Fine:
+    """Anti-aliasing: four rays for each pixel near the edge of a surface or of a shadow (textures are filtered already),
+    and the outlines as those rays see them, at double resolution.
+
+    pixels: uint8 (H, W, 3). surfaces: int32 (H, W) ids of smooth surfaces. hidden: uint8 (H, W) lights that are not seen.
+    """
+    around = np.ones((3, 3), np.uint8)
+    row, column = np.nonzero(cv2.dilate(_differs(surfaces), around) | _differs(hidden))
     doubled = np.repeat(np.repeat(surfaces, 2, axis=0), 2, axis=1)
+    image = np.ascontiguousarray(pixels)
     if len(row):
         offsets = np.array([[-0.25, -0.25], [-0.25, 0.25], [0.25, -0.25], [0.25, 0.25]], np.float32)
-        y = (row[None] + np.float32(0.5) + offsets[:, :1]).astype(np.float32).ravel()
-        x = (column[None] + np.float32(0.5) + offsets[:, 1:]).astype(np.float32).ravel()
+        y = (row.astype(np.float32) + np.float32(0.5) + offsets[:, :1]).ravel()
+        x = (column.astype(np.float32) + np.float32(0.5) + offsets[:, 1:]).ravel()
         rays = view.rays(x, y)
-        hits: Hits = trace(scene, view, rays)
-        sub = shade(scene, view, rays, hits, pixel=0.6, seed=scene.index)
-        flat = (row * width + column).astype(np.intp)
-        rgb = rgb.copy()
-        mean = np.minimum(sub, 1.5).reshape(3, 4, -1).mean(axis=1)
-        rgb[:, flat] = mean
-        pixels = pixels.copy()
-        pixels[row, column] = to_pixels(mean, scene.exposure).T
+        hits = trace(scene, view, rays)
+        rgb, _ = shade(scene, view, rays, hits, pixel=0.6, seed=scene.index)
+        mean = np.minimum(rgb, _BRIGHTEST).reshape(3, 4, -1).mean(axis=1)
+        image[row, column] = to_pixels(mean, scene.exposure).T
         doubled[(2 * y - 0.5).round().astype(np.intp), (2 * x - 0.5).round().astype(np.intp)] = hits.surface_ids(len(x))
-    return _Fine(pixels, _outlines(doubled))
+    return _Fine(image, _outlines(doubled))
 
 
 def _differs(ids: np.ndarray) -> np.ndarray:
     """uint8 (H, W): 1 on both pixels of each pair of neighbours (4-neighbourhood) with different ids."""
-    edge = np.zeros(ids.shape, np.uint8)
+    edge = np.zeros(ids.shape, bool)
     across, down = ids[:, 1:] != ids[:, :-1], ids[1:] != ids[:-1]
     edge[:, 1:] |= across
     edge[:, :-1] |= across
     edge[1:] |= down
     edge[:-1] |= down
-    return edge
+    return edge.view(np.uint8)
 
 
 def _outlines(doubled: np.ndarray) -> np.ndarray:

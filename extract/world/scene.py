@@ -5,9 +5,11 @@ multiple of the image's shorter side, so a wider picture shows more at its sides
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+_CUBE = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32).T
 Vector = tuple[float, float, float]
 
 
@@ -27,7 +29,7 @@ class Surface:
     metal: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Primitive:
     """One convex solid (or the half space of kind "plane"): a canonical body within [-1, 1]^3, scaled, turned, moved."""
 
@@ -41,6 +43,21 @@ class Primitive:
     surface: Surface
     segment: int
     """Index into Scene.segments."""
+
+    @cached_property
+    def to_body(self) -> np.ndarray:
+        """(3, 3) float32 from the world's axes to the canonical body's."""
+        return (self.rotation.T / self.scale[:, None]).astype(np.float32)
+
+    @cached_property
+    def middle(self) -> np.ndarray:
+        """(3, 1) float32: the centre, in metres."""
+        return self.centre.astype(np.float32)[:, None]
+
+    @cached_property
+    def box(self) -> np.ndarray:
+        """(3, 8) float32: corners of the turned box that holds the body (not for planes), in metres."""
+        return (self.rotation @ (_CUBE * self.scale[:, None]) + self.centre[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +149,8 @@ class Scene:
     backdrop: Backdrop
     floor: str
     wall: str
-    """"" where there is none."""
+    sky: str
+    """Names in the tables of the vocabulary; "" where there is none, or none that has a name."""
     caption: str
     relations: tuple[Relation, ...]
     mentioned: tuple[int, ...]

@@ -137,10 +137,10 @@ def _backdrop(sky: str, indoors: bool, floor: Surface, rng: np.random.Generator,
     if wild:
         horizon, zenith = horizon * rng.uniform(0.4, 1.2, 3), zenith * rng.uniform(0.3, 1.5, 3)
     if indoors:
-        light = np.array([0.36, 0.355, 0.35]) * rng.uniform(0.85, 1.15)
+        light = np.array([0.46, 0.455, 0.45]) * rng.uniform(0.85, 1.15)
         horizon, zenith = np.array([0.55, 0.54, 0.52]), np.array([0.80, 0.80, 0.78])
     else:
-        light = (0.5 * horizon + 0.5 * zenith) / (0.5 * horizon + 0.5 * zenith).max() * 0.42
+        light = (0.5 * horizon + 0.5 * zenith) / (0.5 * horizon + 0.5 * zenith).max() * 0.52
     bounce = light * 0.25 + 0.4 * light * (np.array(floor.colour) + np.array(floor.second))
     return Backdrop(
         name=sky,
@@ -173,13 +173,13 @@ def lights_for(
         if number == 0 and not setting.indoors:
             look = SKIES[setting.backdrop.name]
             up = np.radians(rng.uniform(12, 80) if wild else rng.uniform(26, 60))
-            round_about = rng.uniform(0, 2 * np.pi) if wild else np.radians(rng.uniform(-140, 140))
+            round_about = rng.uniform(0, 2 * np.pi) if wild else np.radians(rng.uniform(-115, 115))
             towards = (np.sin(round_about) * np.cos(up), np.sin(up), np.cos(round_about) * np.cos(up))
             power = total * share[0] * look.sun_power * np.array(look.sun)
             lights.append(Light(point=_vector(towards), power=_vector(1.35 * power), sun=True, size=0.02))
             continue
         height = float(rng.uniform(1.6, 4.5)) + 0.5 * radius
-        x, z = rng.uniform(-0.8, 0.8) * radius, rng.uniform(-0.5, 1.2) * radius
+        x, z = rng.uniform(-0.8, 0.8) * radius, rng.uniform(-0.2, 1.5) * radius
         point = (float(x), height, float(z))
         reach = float(np.linalg.norm(point))
         lights.append(Light(point=point, power=_vector(1.25 * power), sun=False, reach_m=reach, size=0.035))

@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from extract.world.primitives import dot, unit
 from extract.world.scene import Backdrop, Scene, Surface, Vector
 from extract.world.textures import sample
 from extract.world.tracing import Hits, Rays, View, shadows
 
 _SUN_GLOW = 350.0
+_SMALL_M = 0.05
+"""Bodies smaller than this darken nothing near them."""
 
 
 def linear(colour: tuple[float, float, float]) -> Vector:
@@ -30,78 +33,78 @@ def to_pixels(rgb: np.ndarray, exposure: float) -> np.ndarray:
     return _TONE[np.clip(rgb * np.float32(exposure * 2047.75), 0, 8191).astype(np.int16)]
 
 
-def shade(scene: Scene, view: View, rays: Rays, hits: Hits, pixel: float, seed: int | None = None) -> np.ndarray:
-    """Linear RGB float32 (3, N) of rays.
+def shade(
+    scene: Scene, view: View, rays: Rays, hits: Hits, pixel: float, seed: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Linear RGB float32 (3, N) of rays, and uint8 (N,) with one bit for each light that another body hides from what they see.
 
     pixel: the width that a ray stands for, in pixels of `view` (1 for an image's pixel, 0.5 for a quarter of one).
     seed: moves lights by ray within their own size, so that averages over neighbouring rays have soft shadows.
     """
-    rgb = np.empty((3, len(rays.x)), np.float32)
+    rgb, hidden = np.empty((3, len(rays.x)), np.float32), np.zeros(len(rays.x), np.uint8)
     sky = np.ones(len(rays.x), bool)
     sky[hits.order] = False
     if sky.any():
         rgb[:, sky] = sky_colour(scene.backdrop, rays.direction[:, sky], scene)
     if len(hits.order):
-        rgb[:, hits.order] = _surfaces(scene, view, hits, pixel, seed)
-    return rgb
+        rgb[:, hits.order], hidden[hits.order] = _surfaces(scene, view, hits, pixel, seed)
+    return rgb, hidden
 
 
 def sky_colour(backdrop: Backdrop, direction: np.ndarray, scene: Scene) -> np.ndarray:
     """Linear RGB (3, N) of the sky in directions (3, N), with clouds and the suns' glow."""
-    unit = direction / np.sqrt((direction * direction).sum(axis=0))
-    up = np.clip(unit[1], 0, 1)
+    ray = unit(direction)
+    up = np.clip(ray[1], 0, 1)
     rgb = _mix(_column(backdrop.horizon), _column(backdrop.zenith), 1 - (1 - up) ** 4)
     if backdrop.clouds > 0:
         dome = 0.16 / (up + 0.12)
-        uv = np.stack([unit[0] * dome + backdrop.cloud_shift[0], unit[2] * dome + backdrop.cloud_shift[1]])
+        uv = np.stack([ray[0] * dome + backdrop.cloud_shift[0], ray[2] * dome + backdrop.cloud_shift[1]])
         density, _ = sample("clouds", uv.astype(np.float32), np.full(len(up), 0.004, np.float32))
         cover = np.clip((density - 0.75 + 0.6 * backdrop.clouds) * 2.2, 0, 1) * np.clip(up * 8, 0, 1) * 0.85
         white = 0.35 + 0.65 * _column(backdrop.horizon).mean() + 0.4 * _column(backdrop.horizon)
         rgb = _mix(rgb, np.minimum(white, 1.1), cover)
     for light in scene.lights:
         if light.sun:
-            towards = np.clip(np.array(light.point, np.float32) @ unit, 0, 1)
+            towards = np.clip(np.array(light.point, np.float32) @ ray, 0, 1)
             rgb = rgb + _column(light.power) * (0.5 * towards**_SUN_GLOW + 0.06 * towards**12)
     return rgb
 
 
-def _surfaces(scene: Scene, view: View, hits: Hits, pixel: float, seed: int | None) -> np.ndarray:
-    towards_eye = -hits.direction
-    towards_eye = towards_eye / np.sqrt((towards_eye * towards_eye).sum(axis=0))
-    facing_eye = np.clip((hits.normal * towards_eye).sum(axis=0), 0.03, 1)
+def _surfaces(scene: Scene, view: View, hits: Hits, pixel: float, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    towards_eye = unit(-hits.direction)
+    facing_eye = np.clip(dot(hits.normal, towards_eye), 0.03, 1)
     albedo = _albedo(scene, hits, pixel * hits.depth / view.focal_px / np.sqrt(facing_eye))
     open_sky = _openness(scene, hits)
     backdrop = scene.backdrop
     ambient = _mix(_column(backdrop.ground_light), _column(backdrop.sky_light), 0.5 + 0.5 * hits.normal[1]) * open_sky
-    received, highlights = ambient, np.zeros_like(ambient)
+    received, highlights, hidden = ambient, np.zeros_like(ambient), np.zeros(len(hits.order), np.uint8)
     rng = None if seed is None else np.random.default_rng(seed)
-    for light in scene.lights:
+    for number, light in enumerate(scene.lights):
         target = np.array(light.point, np.float32)[:, None]
         way = target if light.sun else target - hits.point
-        distance = np.sqrt((way * way).sum(axis=0))
-        unit = way / distance
-        facing = (hits.normal * unit).sum(axis=0)
+        distance = np.sqrt(dot(way, way))
+        towards = way / distance
+        facing = dot(hits.normal, towards)
         lit = facing > 0
         jitter = None
         if rng is not None and light.size:
             jitter = light.size * np.float32(distance.mean()) * rng.standard_normal((3, len(facing)), np.float32) * 0.6
-        lit &= ~shadows(scene, light, hits, lit, jitter)
-        fall = 1.0 if light.sun else 2 / (1 + (distance / light.reach_m) ** 2)
+        dark = shadows(scene, light, hits, lit, jitter)
+        hidden |= dark.astype(np.uint8) << number
+        lit &= ~dark
+        fall = np.ones_like(facing) if light.sun else 2 / (1 + (distance / np.float32(light.reach_m)) ** 2)
         received = received + _column(light.power) * (np.where(lit, facing, 0) * fall)
         for part, surface in _shining(scene, hits):
-            seen = lit[part].any()
-            if seen:
-                u = unit if light.sun else unit[:, part]
-                half = u + towards_eye[:, part]
-                half = half / np.sqrt((half * half).sum(axis=0))
-                shine = np.clip((half * hits.normal[:, part]).sum(axis=0), 0, 1) ** np.float32(surface.gloss)
-                strength = surface.specular * (surface.gloss + 8) / 16 * np.where(lit[part], 1, 0) * shine
-                highlights[:, part] += _column(light.power) * strength * (1.0 if light.sun else fall[part])
+            if lit[part].any():
+                half = unit((towards if light.sun else towards[:, part]) + towards_eye[:, part])
+                shine = np.clip(dot(half, hits.normal[:, part]), 0, 1) ** np.float32(surface.gloss)
+                strength = surface.specular * (surface.gloss + 8) / 16 * np.where(lit[part], fall[part], 0) * shine
+                highlights[:, part] += _column(light.power) * strength
     rgb = albedo * received
     for part, surface in _shining(scene, hits):
         rgb[:, part] = _polish(scene, hits, part, surface, albedo, rgb, highlights, towards_eye, facing_eye, open_sky)
     haze = 1 - np.exp(-hits.depth / np.float32(backdrop.haze_m))
-    return _mix(rgb, _column(backdrop.horizon), haze)
+    return _mix(rgb, _column(backdrop.horizon), haze), hidden
 
 
 def _polish(
@@ -159,21 +162,22 @@ def _albedo(scene: Scene, hits: Hits, footprint_m: np.ndarray) -> np.ndarray:
 def _openness(scene: Scene, hits: Hits) -> np.ndarray:
     """Share of the surroundings that a hit sees past the bodies near it, each taken for a ball of its volume: (M,)."""
     share = np.ones(len(hits.order), np.float32)
-    owner = np.empty(len(hits.order), np.int16)
-    for k, part in hits.slices:
-        owner[part] = k
+    owner = hits.bodies()
+    x, y, z = hits.point
     for k, body in enumerate(scene.primitives):
-        if body.kind == "plane":
-            continue
         radius = float(np.prod(body.scale)) ** (1 / 3) * (1.0 if body.kind == "sphere" else 1.1)
-        away = body.centre.astype(np.float32)[:, None] - hits.point
-        square = (away * away).sum(axis=0)
-        index = np.flatnonzero((square < (4 * radius) ** 2) & (owner != k))
+        if body.kind == "plane" or radius < _SMALL_M:
+            continue
+        reach = 3.5 * radius
+        a, b, c = (float(v) for v in body.centre)
+        near = (x > a - reach) & (x < a + reach) & (z > c - reach) & (z < c + reach) & (y < b + reach) & (owner != k)
+        index = np.flatnonzero(near)
         if len(index):
-            square = np.maximum(square[index], radius * radius)
-            facing = (away[:, index] * hits.normal[:, index]).sum(axis=0) / np.sqrt(square)
-            fade = 1 - square / (4 * radius) ** 2
-            share[index] *= 1 - 0.85 * np.clip(facing, 0, 1) * (radius * radius / square) * fade
+            away = np.array([[a], [b], [c]], np.float32) - hits.point[:, index]
+            square = np.maximum(dot(away, away), np.float32(radius * radius))
+            facing = dot(away, hits.normal[:, index]) / np.sqrt(square)
+            fade = np.maximum(1 - square / np.float32(reach**2), 0)
+            share[index] *= 1 - 0.85 * np.maximum(facing, 0) * (radius * radius / square) * fade
     return share
 
 

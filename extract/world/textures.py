@@ -77,7 +77,7 @@ Tile = tuple[np.ndarray, np.ndarray]
 def _grid(size: int = _SIZE) -> tuple[np.ndarray, np.ndarray]:
     """v (rows) and u (columns) of the texels' centres, in 0..1."""
     at = (np.arange(size) + 0.5) / size
-    return np.meshgrid(at, at, indexing="ij")  # type: ignore[return-value]
+    return np.meshgrid(at, at, indexing="ij")
 
 
 def _noise(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extract.world.primitives import MAX_FACES, corners, describe_hits, intersect
+from extract.world.primitives import MAX_FACES, describe_hits, intersect
 from extract.world.scene import Light, Primitive, Scene
 
 FLOOR_FAR_M = 100.0
@@ -67,15 +67,10 @@ class View:
         """(left, top, right, bottom) in pixels that hold the body; None if it can be anywhere."""
         if body.kind == "plane":
             return None
-        x, y, z = self.project(body_corners(body))
+        x, y, z = self.project(body.box)
         if z.min() < _NEAR_M:
             return None
         return float(x.min()), float(y.min()), float(x.max()), float(y.max())
-
-
-def body_corners(body: Primitive) -> np.ndarray:
-    """(3, 8) world corners of the box that holds a body."""
-    return body.rotation @ (corners() * body.scale[:, None]) + body.centre[:, None]
 
 
 def _within(rays: Rays, bounds: tuple[float, float, float, float] | None) -> np.ndarray:
@@ -93,20 +88,14 @@ def _within(rays: Rays, bounds: tuple[float, float, float, float] | None) -> np.
     return np.flatnonzero((rays.x >= left) & (rays.x <= right) & (rays.y >= top) & (rays.y <= bottom))
 
 
-def _to_body(body: Primitive) -> np.ndarray:
-    """(3, 3) float32 from the world's axes to the body's canonical ones."""
-    return (body.rotation.T / body.scale[:, None]).astype(np.float32)
-
-
 def crossings(body: Primitive, view: View, rays: Rays) -> tuple[np.ndarray, np.ndarray]:
     """(indices of rays that hit the body, their z-depths in metres)."""
     index = _within(rays, view.bounds(body))
     if not len(index):
         return index, np.empty(0, np.float32)
-    to_body = _to_body(body)
-    o = to_body @ (view.position - body.centre.astype(np.float32))[:, None]
+    o = body.to_body @ (view.position[:, None] - body.middle)
     direction = rays.direction if len(index) == len(rays.x) else rays.direction[:, index]
-    t_in, t_out = intersect(body.kind, o, to_body @ direction)
+    t_in, t_out = intersect(body.kind, o, body.to_body @ direction)
     far = FLOOR_FAR_M if body.kind == "plane" else np.inf
     with np.errstate(invalid="ignore"):
         hit = (t_in <= t_out) & (t_in > _NEAR_M) & (t_in < far)
@@ -143,6 +132,12 @@ class Hits:
     face: np.ndarray
     slices: tuple[tuple[int, slice], ...]
 
+    def bodies(self) -> np.ndarray:
+        """int16 (M,): the index of each hit's primitive."""
+        return np.repeat([k for k, _ in self.slices], [part.stop - part.start for _, part in self.slices]).astype(
+            np.int16
+        )
+
     def surface_ids(self, n: int) -> np.ndarray:
         """int32 (n,): a number per ray that changes where one smooth surface ends and another begins; 0 for sky."""
         ids = np.zeros(n, np.int32)
@@ -165,10 +160,9 @@ def trace(scene: Scene, view: View, rays: Rays) -> Hits:
     face = np.empty(len(order), np.int16)
     for k, part in slices:
         body = scene.primitives[k]
-        local = _to_body(body) @ (point[:, part] - body.centre.astype(np.float32)[:, None])
+        local = body.to_body @ (point[:, part] - body.middle)
         face[part], n, uv[:, part] = describe_hits(body.kind, local, body.scale.astype(np.float32))
         normal[:, part] = body.rotation.astype(np.float32) @ n
-    normal /= np.sqrt((normal * normal).sum(axis=0))
     return Hits(order, z, direction, point, normal, uv, face, slices)
 
 
@@ -181,28 +175,62 @@ def shadows(scene: Scene, light: Light, hits: Hits, facing: np.ndarray, jitter: 
     asked = np.flatnonzero(facing)
     if not len(asked):
         return dark
-    body_of = np.empty(len(hits.order), np.int16)
-    for k, part in hits.slices:
-        body_of[part] = k
-    body_of, point = body_of[asked], hits.point[:, asked]
-    target = np.array(light.point, np.float32)[:, None] + (0 if jitter is None else jitter[:, asked])
-    to_light = np.broadcast_to(target, point.shape) if light.sun else target - point
-    length = np.sqrt((to_light * to_light).sum(axis=0))
-    unit = to_light / length
+    body_of, point = hits.bodies()[asked], hits.point[:, asked]
+    target = np.array(light.point, np.float32)[:, None]
+    axes = _light_axes(light)
+    x, y = _from_light(light, axes, point)
+    if jitter is not None:
+        target = target + jitter[:, asked]
     for k, body in enumerate(scene.primitives):
         if body.kind == "plane":
             continue
-        # A body darkens only what its bounding sphere hides: the sphere's centre is near the line and towards the light.
-        away = body.centre.astype(np.float32)[:, None] - point
-        along = (away * unit).sum(axis=0)
-        radius = np.float32(np.linalg.norm(body.scale) if body.kind != "sphere" else body.scale.max())
-        near = ((away * away).sum(axis=0) - along * along < radius * radius) & (along > -radius) & (body_of != k)
-        index = np.flatnonzero(near & (along - radius < length))
+        bounds = _bounds_from_light(light, axes, body, 0.0 if jitter is None else light.size)
+        near = body_of != k
+        if bounds is not None:
+            left, low, right, high = bounds
+            near &= (x >= left) & (x <= right) & (y >= low) & (y <= high)
+        index = np.flatnonzero(near)
         if not len(index):
             continue
-        to_body = _to_body(body)
-        t_in, t_out = intersect(body.kind, to_body @ -away[:, index], to_body @ unit[:, index])
+        o = body.to_body @ (point[:, index] - body.middle)
+        aim = target if target.shape[1] == 1 else target[:, index]
+        t_in, t_out = intersect(body.kind, o, body.to_body @ (aim if light.sun else aim - point[:, index]))
         with np.errstate(invalid="ignore"):
-            hit = (t_in <= t_out) & (t_out > 1e-3) & (t_in < length[index])
+            hit = (t_in <= t_out) & (t_out > 1e-4) & (t_in < (np.inf if light.sun else 1))
         dark[asked[index[hit]]] = True
     return dark
+
+
+_LAMP_CLEARANCE_M = 0.05
+
+
+def _light_axes(light: Light) -> np.ndarray:
+    """float32 (2, 3): directions across a sun's rays, of any length."""
+    right = np.cross(light.point, [0.36, 0.48, 0.8])
+    return np.stack([right, np.cross(light.point, right)]).astype(np.float32)
+
+
+def _from_light(light: Light, axes: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where points (3, N) are in a picture taken by the light: along a sun's rays, or straight down from a lamp.
+
+    What hides the light from a point is at the same place of that picture. Points above a lamp are at infinity: no body
+    that is wholly below the lamp hides it from them.
+    """
+    at = np.array(light.point, np.float32)
+    if light.sun:
+        x, y = axes @ point
+        return x, y
+    below = at[1] - point[1]
+    scale = 1 / np.where(below > 1e-3, below, np.float32(np.nan))
+    return (point[0] - at[0]) * scale, (point[2] - at[2]) * scale
+
+
+def _bounds_from_light(
+    light: Light, axes: np.ndarray, body: Primitive, size: float
+) -> tuple[float, float, float, float] | None:
+    """(left, low, right, high) of a body in the light's picture, with room for a light of some size; None for all of it."""
+    if not light.sun and light.point[1] - body.box[1].max() < _LAMP_CLEARANCE_M:
+        return None
+    x, y = _from_light(light, axes, body.box)
+    room = size * (6.0 if light.sun else 3.0)
+    return float(x.min()) - room, float(y.min()) - room, float(x.max()) + room, float(y.max()) + room
