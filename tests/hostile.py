@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageCms
+from skimage.color import rgb2lab
 
 OK = "ok"
 _ARITHMETIC = (  # 32 x 24 pixels, arithmetic-coded: no library at hand writes such a file
@@ -55,6 +56,34 @@ def swapped_profile() -> bytes:
     """A proper RGB profile in which red and blue have changed places."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile.replace(b"rXYZ", b"!XYZ").replace(b"bXYZ", b"rXYZ").replace(b"!XYZ", b"bXYZ")
+
+
+def profile(space: bytes, connection: bytes, **tags: bytes) -> bytes:
+    """An ICC profile of the given colour and connection spaces with these tags, and nothing else."""
+    white = struct.pack(">iii", 63190, 65536, 54061)  # D50
+    contents = {"wtpt": b"XYZ \0\0\0\0" + white, "desc": b"desc" + bytes(86), **tags}
+    table, data = struct.pack(">I", len(contents)), b""
+    for name, content in contents.items():
+        table += name.encode() + struct.pack(">II", 132 + 12 * len(contents) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    header = bytes(4) + b"\x02\x40\0\0" + (b"prtr" if space == b"CMYK" else b"mntr") + space + connection
+    header += bytes(12) + b"acsp" + bytes(28) + white
+    return struct.pack(">I", 128 + len(table) + len(data)) + bytes(4) + header[4:].ljust(120, b"\0") + table + data
+
+
+def cmyk_profile() -> bytes:
+    """A profile of an ideal press: its colours at the 16 corners of CMYK are those of plain subtraction."""
+    inks = np.array(np.meshgrid([0, 1], [0, 1], [0, 1], [0, 1], indexing="ij")).reshape(4, 16).T.astype(float)
+    lab = rgb2lab((1 - inks[:, :3]) * (1 - inks[:, 3:]))
+    corners = np.stack([lab[:, 0] * 2.55, lab[:, 1] + 128, lab[:, 2] + 128], -1).clip(0, 255).round().astype(np.uint8)
+    identity = struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
+    ramp = bytes(range(256))
+    table = b"mft1\0\0\0\0\x04\x03\x02\0" + identity + ramp * 4 + corners.tobytes() + ramp * 3
+    return profile(b"CMYK", b"Lab ", A2B0=table)
+
+
+def grey_profile(gamma: float) -> bytes:
+    return profile(b"GRAY", b"XYZ ", kTRC=b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)))
 
 
 def with_orientation(orientation: int) -> Image.Exif:

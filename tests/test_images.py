@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
+from extract.color import to_srgb
 from extract.images import MAX_PIXELS, ImageProblem, ImageRules, prepare
 from extract.reasons import REASONS
 from shards.errors import UsageError
@@ -127,6 +128,20 @@ def test_a_colour_profile_is_followed_and_a_broken_one_is_not() -> None:
     assert prepare(content, ImageRules(format="png")).member == content
     assert prepare(FILES["icc_corrupt.jpg"][0], ImageRules()).record["icc"] == "ignored"
     assert prepare(FILES["icc_of_other_space.jpg"][0], ImageRules()).record["icc"] == "ignored"
+
+
+def test_profiles_of_grey_and_of_presses_are_followed() -> None:
+    grey = photo().convert("L")
+    linear = prepare(encoded(grey, "JPEG", icc_profile=hostile.grey_profile(1.0)), ImageRules(format="png"))
+    assert linear.record["icc"] == "converted"
+    assert linear.pixels.mean() > np.asarray(grey).mean() + 20  # light that was stored linearly is brighter in sRGB
+    press = encoded(photo().convert("CMYK"), "JPEG", icc_profile=hostile.cmyk_profile(), quality=95)
+    followed = prepare(press, ImageRules(format="png"))
+    assert followed.record["icc"] == "converted"
+    assert np.abs(followed.pixels.astype(int) - np.asarray(photo())).mean() < 25
+    huge = hostile.swapped_profile() + bytes(5 << 20)
+    assert to_srgb(photo(), huge)[1] == "ignored"
+    assert to_srgb(photo(), hostile.profile(b"RGB ", b"XYZ "))[1] == "ignored"  # it has none of the tags that it needs
 
 
 @given(
