@@ -365,7 +365,8 @@ def _image_rows(tree: Any, rows: int, images: int) -> Any:
 
     def pick(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
-            return leaf.unflatten(0, (-1, 2, images))[:, 0].flatten(0, 1)
+            # laid out as the stock batch is: in half precision kernels round differently for other strides
+            return leaf.unflatten(0, (-1, 2, images))[:, 0].flatten(0, 1).contiguous()
         return leaf
 
     return tree_map(pick, tree)

@@ -41,7 +41,7 @@ def decode_images(pipeline: DiffusionPipeline, latents: Tensor) -> tuple[list[Im
     vae, is_sdxl = pipeline.vae, type(pipeline).__name__.startswith("StableDiffusionXL")
     if is_sdxl:
         with full_precision(vae):
-            z = unscaled(vae, latents).to(get_module_execution_device(vae), vae.dtype)
+            z = unscaled(vae, latents.to(get_module_execution_device(vae), vae.dtype))
             pixels = vae.decode(z, return_dict=False)[0]
         if getattr(pipeline, "watermark", None) is not None:
             pixels = pipeline.watermark.apply_watermark(pixels)

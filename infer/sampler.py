@@ -20,7 +20,7 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from infer.bases import describe_base, network_of, open_base, prediction_type_of, resolve
 from infer.condition import Given, Known, KnownStreams, known_latents
@@ -84,7 +84,7 @@ class CoGenerator:
         self.run, self.base = run, base
         self.vae = cast(Any, run.vae)
         if self.vae.dtype != self.pipeline.vae.dtype:
-            self.vae.to(dtype=self.pipeline.vae.dtype)
+            nn.Module.to(self.vae, dtype=self.pipeline.vae.dtype)  # diffusers' own warns of layers that are not there
         self.stages = _with_defaults(run.manifest.stage_map, stage_map_of(network))
         self.denoiser = JointDenoiser.install(network, stages=self.stages, lora=run.lora)
 
@@ -268,17 +268,18 @@ class CoGenerator:
     def _using(self, name: str | None) -> Iterator[None]:
         """For one call, another scheduler with the configuration of the pipeline's own."""
         before = self.pipeline.scheduler
+        used = type(before).__name__ if name is None else SCHEDULERS.get(name, name)
+        if "SDE" in used:
+            raise UsageError(
+                f"{used} draws one noise for the whole batch, so an image would depend on its neighbours; "
+                "use euler-a, or dpm++ with algorithm_type sde-dpmsolver++"
+            )
         if name is not None:
-            kind = getattr(diffusers, SCHEDULERS.get(name, name), None)
+            kind = getattr(diffusers, used, None)
             if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
                 raise UsageError(f"there is no scheduler {name!r}; use one of {', '.join(SCHEDULERS)}, or a class name")
             self.pipeline.scheduler = kind.from_config(before.config)
         try:
-            if "SDE" in type(self.pipeline.scheduler).__name__:
-                raise UsageError(
-                    f"{type(self.pipeline.scheduler).__name__} draws one noise for the whole batch, so an image would "
-                    "depend on its neighbours; use euler-a, or dpm++ with algorithm_type sde-dpmsolver++"
-                )
             yield
         finally:
             self.pipeline.scheduler = before

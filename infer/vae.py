@@ -139,9 +139,9 @@ def full_precision(vae: nn.Module) -> Iterator[None]:
     """For a while in float32 if this VAE overflows in float16 (its config says so, as SDXL's does); else as it is."""
     overflows = vae.dtype == torch.float16 and bool(_config(vae).get("force_upcast"))
     if overflows:
-        vae.to(dtype=torch.float32)
+        nn.Module.to(vae, dtype=torch.float32)
     try:
         yield
     finally:
         if overflows:
-            vae.to(dtype=torch.float16)
+            nn.Module.to(vae, dtype=torch.float16)

@@ -229,8 +229,6 @@ def test_wrong_arguments_are_sentences(generators):
         ({"prompt": PROMPT, "bogus": 2}, "no option 'bogus'"),
         ({"prompt": PROMPT, "schedule": "bogus"}, "no schedule 'bogus'"),
     ):
-        if "SDE" in str(arguments.get("scheduler")):
-            pytest.importorskip("torchsde")
         with pytest.raises(UserError, match=message):
             generator(**(SMALL | arguments))
     with pytest.raises(UsageError, match="multiples of 16"):
@@ -326,6 +324,39 @@ def test_model_offload_moves_the_intrinsic_vae_too_and_gives_the_same_image(fold
         _, hook = cpu_offload_with_hook(getattr(pipeline, part), "cpu", prev_module_hook=hook)
     generator = generator or CoGenerator(pipeline, run)
     made = generator(PROMPT, **SMALL)
+    assert torch.equal(made.latents, expected.latents)
+    assert torch.equal(made.intrinsic_latents, expected.intrinsic_latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BASES)
+def test_half_precision_gives_the_stock_pipelines_image_when_off(folders, name, dtype):
+    base, run = folders[name]
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"use_resolution_binning": False} if "pixart" in name else {}
+    seeds = [torch.Generator().manual_seed(1)]
+    asked = {"num_inference_steps": 3, "height": 64, "width": 64, "guidance_scale": 7.5, "generator": seeds}
+    expected = pipeline([PROMPT], **asked, **options).images
+    with CoGenerator(pipeline, run) as generator:
+        made = generator(PROMPT, schedule="off", intrinsics=False, seeds=1, **SMALL)
+        joint = generator(PROMPT, schedule="gaussian", seeds=1, **SMALL)
+    assert np.array_equal(np.asarray(made.images[0]), np.asarray(expected[0]))
+    assert made.latents.dtype == dtype and joint.intrinsics[0]["line"].values.dtype == np.float32
+    assert pipeline.vae.dtype == generator.vae.dtype == dtype  # upcasting for a decode is for that decode only
+
+
+def test_sequential_offload_after_loading_gives_the_same_image(folders):
+    from accelerate import cpu_offload
+
+    base, run = folders["sd15"]
+    with CoGenerator.from_pretrained(base, run, device="cpu") as generator:
+        generator.pipeline.set_progress_bar_config(disable=True)
+        expected = generator(PROMPT, **SMALL)
+        for part in ("text_encoder", "unet", "vae"):
+            cpu_offload(getattr(generator.pipeline, part), torch.device("cpu"), offload_buffers=True)
+        assert all(parameter.is_meta for parameter in generator.denoiser.network.parameters())
+        made = generator(PROMPT, **SMALL)
     assert torch.equal(made.latents, expected.latents)
     assert torch.equal(made.intrinsic_latents, expected.intrinsic_latents)
 
