@@ -12,9 +12,9 @@ sources are always stored anew, so that every stored image has three channels. E
 quality 95 without chroma subsampling), and the record says so. Untouched files keep their metadata (EXIF with camera
 and GPS data, comments, bytes after the end of the image); re-encoded ones have none.
 
-Peak memory of one call: the file's bytes plus 12 bytes per pixel of the source (0.8 GB at the default limit), and of
-images above 16 megapixels only one at a time is decoded in a process. Safe to call from several threads; Pillow lets go
-of the GIL while it decodes, resizes and encodes.
+Peak memory of one call: the file's bytes plus 12 bytes per pixel of the source (0.8 GB at the default limit), or 20 if
+its size is kept (1.4 GB); of images above 16 megapixels only one at a time is decoded in a process. Safe to call from
+several threads; Pillow lets go of the GIL while it decodes, resizes and encodes.
 """
 
 import contextlib
@@ -358,7 +358,10 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepare
         image = image if image.mode == "RGB" else image.convert("RGB")
         image.info = {}  # or Pillow would write the source's profile and comments into the new file
         buffer = io.BytesIO()
-        image.save(buffer, plugin, **options)
+        try:
+            image.save(buffer, plugin, **options)
+        except (OSError, ValueError) as error:  # WebP cannot hold every large picture
+            raise ImageProblem("cannot_encode", f"it cannot be stored as {rules.format}: {error}") from error
         member = buffer.getvalue()
         pixels = np.array(image) if rules.format == "png" else _decode(member)
     record = {
@@ -378,4 +381,4 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepare
 
 def _decode(member: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(member)) as image:
-        return np.array(image.convert("RGB"))
+        return np.array(image)

@@ -88,6 +88,10 @@ REASONS: dict[str, Reason] = {
     "too_elongated": Reason("decode", "the longer side is more than max_aspect times the shorter one"),
     "too_many_scans": Reason("decode", "a progressive JPEG of so many scans that decoding it would take minutes"),
     "out_of_memory": Reason("decode", "there was not enough memory to decode the image"),
+    # storing the sample
+    "cannot_encode": Reason(
+        "encode", "the image cannot be stored in the dataset's format (WebP, of very large images)"
+    ),
 }
 
 _PAGE = """# Why an input gives no sample

@@ -198,6 +198,16 @@ def test_limits_are_checked_before_anything_is_decoded() -> None:
     assert prepare(content, ImageRules(max_pixels=96 * 64, max_bytes=len(content), min_side_px=64)).pixels.any()
 
 
+def test_an_image_that_its_format_cannot_hold_is_a_problem_of_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: object, **__: object) -> None:
+        raise ValueError("encoding error 6")  # what libwebp says when a partition of a very large picture overflows
+
+    monkeypatch.setattr(Image.Image, "save", overflow)
+    with pytest.raises(ImageProblem) as caught:
+        prepare(np.asarray(photo()), ImageRules(format="webp"))
+    assert caught.value.reason == "cannot_encode"
+
+
 def test_rules_that_make_no_sense_are_usage_errors() -> None:
     for wrong in ({"size_px": 3}, {"crop": "left"}, {"format": "gif"}, {"max_aspect": 0.5}, {"max_pixels": 1 << 40}):
         with pytest.raises(UsageError):
