@@ -8,7 +8,7 @@ them for the (seed, index) in the metadata.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from extract.sources import Failure, RawSample, Unit
@@ -41,8 +41,8 @@ class DemoSource:
     settings: DemoSettings
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the source. `count` is left out: more scenes of the same seed continue the same dataset."""
-        return {"kind": "demo", "world": WORLD_VERSION, "seed": self.settings.seed, "size_px": self.settings.size_px}
+        """What identifies the source: its settings, and the version of the world."""
+        return {"kind": "demo", "world": WORLD_VERSION, **asdict(self.settings)}
 
     def total(self) -> int:
         """How many scenes there are."""

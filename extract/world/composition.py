@@ -16,6 +16,8 @@ from extract.world.tracing import View, crossings
 from extract.world.vocabulary import ANONYMOUS, COLOURS, MATERIALS, SHAPES, SMALL_ENOUGH, SUPPORTS, Material
 
 _LOOK_PX = 64
+_PLACE_SHARE = 0.04
+"""A wall or the sky is named only if it fills this share of the picture."""
 _ATTEMPTS = 64
 
 
@@ -64,11 +66,13 @@ def _attempt(seed: int, index: int, variety: float, rng: np.random.Generator) ->
     camera = camera_for(radius, rng, wild=bool(rng.random() < variety))
     setting = setting_for(radius, camera, rng, wild=bool(rng.random() < variety))
     placed = _place(count, radius, setting, rng, wild)
-    look = _look(setting.bodies, placed, camera, _WILD if wild else _PLAIN)
-    if not look:
+    look = _look(setting, placed, camera, _WILD if wild else _PLAIN)
+    if not look.things:
         return None
-    kept = {old: new for new, (old, _) in enumerate(look)}
-    sights = [sight for _, sight in look]
+    kept = {old: new for new, (old, _) in enumerate(look.things)}
+    sights = [sight for _, sight in look.things]
+    wall = setting.wall if look.wall > _PLACE_SHARE else ""
+    sky = setting.sky if look.sky > _PLACE_SHARE else ""
     first = len(setting.segments)
     things, bodies = [], list(setting.bodies)
     for old, new in kept.items():
@@ -76,7 +80,7 @@ def _attempt(seed: int, index: int, variety: float, rng: np.random.Generator) ->
         things.append(replace(thing, supported_by=kept.get(thing.supported_by, -1)))
         bodies += [replace(body, segment=first + new) for body in placed[old].bodies]
     true = captions.relations(things, sights)
-    where = captions.place(setting.floor, setting.wall, setting.paint, setting.sky, rng)
+    where = captions.place(setting.floor, wall, setting.paint, sky, rng)
     caption, named = captions.write(things, true, where, rng)
     return Scene(
         seed=seed,
@@ -89,8 +93,8 @@ def _attempt(seed: int, index: int, variety: float, rng: np.random.Generator) ->
         lights=lights_for(setting, radius, camera, rng, wild=bool(rng.random() < variety)),
         backdrop=setting.backdrop,
         floor=setting.floor,
-        wall=setting.wall,
-        sky=setting.sky,
+        wall=wall,
+        sky=sky,
         caption=caption,
         relations=tuple(true),
         mentioned=named,
@@ -165,7 +169,8 @@ def _make(
 ) -> _Placed:
     names = list(MATERIALS)
     material = names[rng.choice(len(names), p=[0.34, 0.08, 0.16, 0.08, 0.12, 0.11, 0.11])]
-    r, g, b = (float(np.clip(c * rng.uniform(0.92, 1.08) + rng.uniform(-0.015, 0.015), 0, 1)) for c in COLOURS[colour])
+    bright = rng.uniform(0.94, 1.05)
+    r, g, b = (float(np.clip(c * bright + rng.uniform(-0.012, 0.012), 0, 1)) for c in COLOURS[colour])
     bodies = build(
         shape=form, size=size, at=at, turned=turned, colour=(r, g, b), material=MATERIALS[material], segment=0
     )
@@ -211,14 +216,22 @@ def _odd(shape: str, colour: str, size: float, at: tuple[float, float, float], r
 # ---- looking ---------------------------------------------------------------------------------------------------------
 
 
-def _look(
-    backdrop: tuple[Primitive, ...], placed: list[_Placed], camera: Camera, bar: _Bar
-) -> list[tuple[int, captions.Sight]]:
+@dataclass(frozen=True)
+class _Look:
+    things: list[tuple[int, captions.Sight]]
+    """Index into what was placed, and what it looks like."""
+    wall: float
+    sky: float
+    """Shares of the picture, 0..1."""
+
+
+def _look(setting: Setting, placed: list[_Placed], camera: Camera, bar: _Bar) -> _Look:
     """The things that are well visible, and what they look like, once those that are not were taken away.
 
     Taking things away only uncovers others, so what is dropped stays dropped, and one look is enough.
     """
-    view = View(camera.rotation(), np.array(camera.position, np.float32), camera.focal * _LOOK_PX, _LOOK_PX, _LOOK_PX)
+    focal_px = camera.focal * _LOOK_PX
+    view = View(camera.rotation(), np.array(camera.position, np.float32), focal_px, _LOOK_PX, _LOOK_PX)
     rays = view.grid()
 
     def depths(bodies: tuple[Primitive, ...]) -> np.ndarray:
@@ -228,16 +241,21 @@ def _look(
             depth[at] = np.minimum(depth[at], t)
         return depth
 
-    layers = np.stack([depths(backdrop), *(depths(p.bodies) for p in placed)])
+    # Layers: the sky (last, at infinity), the floor, the walls, then one for each thing.
+    floor, walls = depths(setting.bodies[:1]), depths(setting.bodies[1:])
+    layers = np.stack(
+        [np.full_like(floor, np.finfo(np.float32).max), floor, walls, *(depths(p.bodies) for p in placed)]
+    )
     kept = [i for i, p in enumerate(placed) if _framed(view, p) >= bar.framed]
     while True:
         kept = [i for i in kept if placed[i].thing.supported_by < 0 or placed[i].thing.supported_by in kept]
-        front = layers[[0, *(i + 1 for i in kept)]].argmin(axis=0)
-        seen = {i: front == n + 1 for n, i in enumerate(kept)}
-        seen = {i: mask & np.isfinite(layers[i + 1]) for i, mask in seen.items()}
-        worst = min(kept, key=lambda i: _worth(seen[i], layers[i + 1], bar), default=None)
-        if worst is None or _worth(seen[worst], layers[worst + 1], bar) >= 1:
-            return [(i, _sight(seen[i], view, placed[i])) for i in kept]
+        front = layers[[0, 1, 2, *(i + 3 for i in kept)]].argmin(axis=0)
+        seen = {i: front == n + 3 for n, i in enumerate(kept)}
+        worth = {i: _worth(seen[i], layers[i + 3], bar) for i in kept}
+        worst = min(kept, key=worth.__getitem__, default=None)
+        if worst is None or worth[worst] >= 1:
+            things = [(i, _sight(seen[i], view, placed[i])) for i in kept]
+            return _Look(things, wall=float((front == 2).mean()), sky=float((front == 0).mean()))
         kept.remove(worst)
 
 

@@ -8,6 +8,8 @@ Arrays are (3, N): one contiguous row per coordinate. A ray is o + t d in the bo
     plane     y = 0, seen from y > 0; infinite
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 FACES: dict[str, np.ndarray] = {
@@ -114,7 +116,7 @@ def describe_hits(kind: str, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarr
     by the rotation alone, uv (2, N) texture coordinates in metres, v upwards on upright faces).
     """
     if kind in FACES:
-        return _polyhedron_hits(FACES[kind], p, scale)
+        return _polyhedron_hits(kind, p, scale)
     s = scale[:, None]
     if kind == "plane":
         face = np.zeros(p.shape[1], np.int16)
@@ -145,19 +147,27 @@ def _round_hits(kind: str, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray
     return face, np.where(on_side, unit(side / scale[:, None]), flat), np.stack([u, v])
 
 
-def _polyhedron_hits(faces: np.ndarray, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    length = np.linalg.norm(faces, axis=1, keepdims=True)
-    excess = (faces @ p - 1) / length
+def _polyhedron_hits(kind: str, p: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    faces, lengths, normals, axes = _frames(kind, *(float(s) for s in scale))
+    excess = (faces @ p - 1) / lengths
     face, most = np.zeros(p.shape[1], np.int16), excess[0]
     for row in range(1, len(faces)):
         face[excess[row] > most] = row
         most = np.maximum(most, excess[row])
+    uv = np.take_along_axis(axes @ p, face[None, None].astype(np.intp), axis=1)[:, 0]
+    return face, normals.T[:, face], uv
+
+
+@lru_cache(maxsize=256)
+def _frames(kind: str, sx: float, sy: float, sz: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of a scaled polyhedron: its faces (F, 3), their lengths (F, 1), unit normals (F, 3), and texture axes (2, F, 3)."""
+    faces, scale = FACES[kind], np.array([sx, sy, sz], np.float32)
     normals = faces / scale
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    level = np.abs(normals[:, 1:2]) > 0.99
-    across = np.cross(np.where(level, [[0, 0, -1]], [[0, 1, 0]]), normals)
+    nx, ny, nz = normals.T
+    level = np.abs(ny) > 0.99
+    zero = np.zeros_like(nx)
+    across = np.stack([np.where(level, ny, nz), zero, np.where(level, zero, -nx)], axis=1)
     across /= np.linalg.norm(across, axis=1, keepdims=True)
-    upwards = np.cross(normals, across)
-    axes = (np.stack([across, upwards]) * scale).astype(np.float32)  # (2, F, 3)
-    uv = np.take_along_axis(axes @ p, face[None, None].astype(np.intp), axis=1)[:, 0]
-    return face, normals.T[:, face].astype(p.dtype), uv
+    axes = np.stack([across, np.cross(normals, across)]) * scale
+    return faces, np.linalg.norm(faces, axis=1, keepdims=True), normals, axes.astype(np.float32)

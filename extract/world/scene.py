@@ -106,6 +106,8 @@ class Backdrop:
     """Ambient light on a surface that faces up."""
     ground_light: Vector
     """Ambient light on a surface that faces down."""
+    bright_side: Vector
+    """Where more ambient light comes from: the light varies by this (a level vector, below 1) times the normal."""
     haze_m: float
     """Distance at which the horizon's colour takes over by 63 %."""
 

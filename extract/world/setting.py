@@ -140,8 +140,10 @@ def _backdrop(sky: str, indoors: bool, floor: Surface, rng: np.random.Generator,
         light = np.array([0.46, 0.455, 0.45]) * rng.uniform(0.85, 1.15)
         horizon, zenith = np.array([0.55, 0.54, 0.52]), np.array([0.80, 0.80, 0.78])
     else:
-        light = (0.5 * horizon + 0.5 * zenith) / (0.5 * horizon + 0.5 * zenith).max() * 0.52
+        light = 0.5 * horizon + 0.5 * zenith
+        light = (0.4 * light + 0.6 * light.mean()) / light.mean() * 0.46  # eyes adapt: colours keep their names
     bounce = light * 0.25 + 0.4 * light * (np.array(floor.colour) + np.array(floor.second))
+    side = rng.uniform(0.4, 1.3) * rng.choice([-1, 1])  # from beside the viewer, so that shaded roundings stay visible
     return Backdrop(
         name=sky,
         horizon=_vector(horizon),
@@ -150,6 +152,7 @@ def _backdrop(sky: str, indoors: bool, floor: Surface, rng: np.random.Generator,
         cloud_shift=(float(rng.random()), float(rng.random())),
         sky_light=_vector(light),
         ground_light=_vector(bounce),
+        bright_side=(float(0.3 * np.sin(side)), 0.0, float(0.3 * np.cos(side))),
         haze_m=1e6 if indoors else float(rng.uniform(50, 160)),
     )
 
@@ -167,7 +170,7 @@ def lights_for(
         tint = (
             rng.uniform(0.4, 1.0, 3)
             if wild and rng.random() < 0.5
-            else rng.uniform([0.97, 0.90, 0.80], [1.0, 1.0, 1.0])
+            else rng.uniform([0.98, 0.94, 0.86], [1.0, 1.0, 1.0])
         )
         power = total * share[number] * tint
         if number == 0 and not setting.indoors:
@@ -175,7 +178,7 @@ def lights_for(
             up = np.radians(rng.uniform(12, 80) if wild else rng.uniform(26, 60))
             round_about = rng.uniform(0, 2 * np.pi) if wild else np.radians(rng.uniform(-115, 115))
             towards = (np.sin(round_about) * np.cos(up), np.sin(up), np.cos(round_about) * np.cos(up))
-            power = total * share[0] * look.sun_power * np.array(look.sun)
+            power = total * share[0] * look.sun_power * (0.5 + 0.5 * np.array(look.sun))
             lights.append(Light(point=_vector(towards), power=_vector(1.35 * power), sun=True, size=0.02))
             continue
         height = float(rng.uniform(1.6, 4.5)) + 0.5 * radius

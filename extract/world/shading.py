@@ -76,7 +76,8 @@ def _surfaces(scene: Scene, view: View, hits: Hits, pixel: float, seed: int | No
     albedo = _albedo(scene, hits, pixel * hits.depth / view.focal_px / np.sqrt(facing_eye))
     open_sky = _openness(scene, hits)
     backdrop = scene.backdrop
-    ambient = _mix(_column(backdrop.ground_light), _column(backdrop.sky_light), 0.5 + 0.5 * hits.normal[1]) * open_sky
+    ambient = _mix(_column(backdrop.ground_light), _column(backdrop.sky_light), 0.5 + 0.5 * hits.normal[1])
+    ambient = ambient * (open_sky * (1 + np.array(backdrop.bright_side, np.float32) @ hits.normal))
     received, highlights, hidden = ambient, np.zeros_like(ambient), np.zeros(len(hits.order), np.uint8)
     rng = None if seed is None else np.random.default_rng(seed)
     for number, light in enumerate(scene.lights):

@@ -206,8 +206,9 @@ _LAMP_CLEARANCE_M = 0.05
 
 def _light_axes(light: Light) -> np.ndarray:
     """float32 (2, 3): directions across a sun's rays, of any length."""
-    right = np.cross(light.point, [0.36, 0.48, 0.8])
-    return np.stack([right, np.cross(light.point, right)]).astype(np.float32)
+    x, y, z = light.point
+    right = (z, 0.0, -x) if abs(y) < 0.999 * (x * x + y * y + z * z) ** 0.5 else (1.0, 0.0, 0.0)
+    return np.array([right, np.cross(light.point, right)], np.float32)
 
 
 def _from_light(light: Light, axes: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,13 +10,13 @@ Colour = tuple[float, float, float]
 
 COLOURS: dict[str, Colour] = {
     "red": (0.80, 0.09, 0.08),
-    "orange": (0.95, 0.47, 0.05),
+    "orange": (0.98, 0.50, 0.05),
     "yellow": (0.95, 0.80, 0.10),
     "green": (0.12, 0.55, 0.16),
     "cyan": (0.10, 0.72, 0.76),
     "blue": (0.09, 0.24, 0.80),
     "purple": (0.46, 0.14, 0.66),
-    "pink": (0.95, 0.48, 0.66),
+    "pink": (0.98, 0.54, 0.70),
     "brown": (0.40, 0.22, 0.10),
     "white": (0.90, 0.90, 0.88),
     "gray": (0.46, 0.47, 0.49),
@@ -207,7 +207,7 @@ SKIES: dict[str, Sky] = {
         zenith=(0.56, 0.62, 0.70),
         clouds=0.8,
         sun=(0.96, 0.97, 1.0),
-        sun_power=0.6,
+        sun_power=0.72,
     ),
     "evening": Sky(
         phrase="an evening sky",
