@@ -53,7 +53,7 @@ def errors_named(url: yarl.URL) -> Iterator[None]:
     except aiohttp.ClientConnectorError as error:
         raise _connect_problem(url, error.os_error) from error
     except (aiohttp.ClientError, OSError) as error:
-        words = str(error) or type(error).__name__
+        words = " ".join(str(error).split())[:200] or type(error).__name__
         raise DownloadProblem("connection_lost", f"the answer of {url.host} broke off: {words}") from error
 
 

@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "folder": ("extract.sources.folder", "FolderSource"),
     "tars": ("extract.sources.tars", "TarSource"),
     "huggingface": ("extract.sources.huggingface", "HuggingFaceSource"),
+    "urls": ("extract.sources.urls", "UrlSource"),
 }
 
 

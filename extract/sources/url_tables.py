@@ -1,0 +1,307 @@
+"""Tables of URLs of any size: parquet, csv, tsv and jsonl files, local or at any fsspec URL, read by ranges of rows.
+
+Nothing here holds more than a batch of rows in memory. A row of a parquet file is found by its number; a row of a text
+file by its number and the byte where the range that it belongs to starts, which planning notes on its one pass.
+"""
+
+import csv
+import datetime
+import decimal
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from extract.sources.captions import MAX_METADATA_BYTES
+from extract.sources.tars import expand_braces
+from shards.errors import UsageError, UserError
+
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+_BATCH_ROWS = 4096
+UNREADABLE = (OSError, pa.ArrowException, EOFError)
+"""What reading a damaged table, or one that has gone away, raises."""
+
+
+class Cut(NamedTuple):
+    """Rows start..stop of a table. offset: the byte where row `start` begins; 0 in a parquet file, which needs none."""
+
+    start: int
+    stop: int
+    offset: int
+
+
+def find_tables(patterns: str | Sequence[str]) -> list[str]:
+    """The addresses of all tables that are meant: files, folders (the tables directly inside), globs and braces.
+
+    Sorted within each pattern; with the protocol in front if there is one. Raises UserError if there are none.
+    """
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for plain in expand_braces(pattern):
+            found += _matches(plain)
+    if not found:
+        raise UserError(
+            f"no table fits {patterns if isinstance(patterns, str) else ', '.join(patterns)}; name files or folders of "
+            f"{', '.join(SUFFIXES)} with source.tables"
+        )
+    doubled = next((address for address, group in itertools.groupby(sorted(found)) if len(list(group)) > 1), None)
+    if doubled:
+        raise UsageError(f"the table {doubled} is named twice in source.tables")
+    return found
+
+
+def _matches(pattern: str) -> list[str]:
+    try:
+        fs, path = url_to_fs(pattern)
+        if any(letter in pattern for letter in "*?["):
+            paths = [str(match) for match in fs.glob(path)]
+        elif fs.isdir(path):
+            paths = [str(name) for name in fs.ls(path, detail=False)]
+        else:
+            if not pattern.endswith(SUFFIXES):
+                raise UsageError(f"{pattern} is not a table; the names of tables end in {', '.join(SUFFIXES)}")
+            if not fs.exists(path):
+                raise UserError(f"there is no table {pattern}; check source.tables")
+            return [pattern]
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot open {pattern}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot look for tables in {pattern}: {error.strerror or error}") from error
+    kept = sorted(path for path in paths if path.endswith(SUFFIXES) and not Path(path).name.startswith((".", "_")))
+    return [path if "://" not in pattern else str(fs.unstrip_protocol(path)) for path in kept]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table. header: the names of its columns if the file has none of its own (csv, tsv)."""
+
+    address: str
+    header: tuple[str, ...] = ()
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.address.endswith(".parquet")
+
+    def _open(self) -> Any:
+        return fsspec.open(self.address, "rb")
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names of the columns; of a jsonl file those of its first row. Raises UserError if it cannot be read."""
+        try:
+            with self._open() as file:
+                if self.is_parquet:
+                    return list(pq.ParquetFile(file).schema_arrow.names)
+                if self.address.endswith(".jsonl"):
+                    first = next((row for row in _json_rows(_Lines(file)) if isinstance(row, dict)), {})
+                    return list(first)
+                return list(self.header) or self._own_header(_Lines(file))
+        except UNREADABLE as error:
+            raise UserError(f"cannot read the table {self.address}: {error}") from error
+
+    def _own_header(self, lines: "_Lines") -> list[str]:
+        return next((fields for fields in self._reader(lines) if isinstance(fields, list)), [])
+
+    def size_and_tail(self) -> tuple[int, bytes]:
+        """The file's size (-1 if unknown) and its last 64 KiB: of a parquet file its footer, which describes the rest."""
+        try:
+            fs, path = url_to_fs(self.address)
+            size = fs.info(path).get("size")
+            return (-1, b"") if size is None else (size, fs.cat_file(path, start=max(0, size - 65536), end=size))
+        except UNREADABLE as error:
+            raise UserError(f"cannot read the table {self.address}: {error}") from error
+
+    def count(self) -> int:
+        """How many rows there are; a look at the footer of a parquet file, a pass over any other."""
+        return sum(cut.stop - cut.start for cut in self.cuts(1 << 60, 1 << 60))
+
+    def cuts(self, first: int, step: int) -> Iterator[Cut]:
+        """All rows in order, in one range of `first` rows and then ranges of `step`; lazy."""
+        try:
+            with self._open() as file:
+                starts = self._parquet_starts(file) if self.is_parquet else self._text_starts(file)
+                yield from _cut(starts, first, step)
+        except UNREADABLE as error:
+            raise UserError(f"cannot read the table {self.address}: {error}") from error
+
+    def _parquet_starts(self, file: IO[bytes]) -> int:
+        return int(pq.ParquetFile(file).metadata.num_rows)
+
+    def _text_starts(self, file: IO[bytes]) -> Iterator[int]:
+        """The byte where each row starts; the end of the file at last."""
+        lines = _Lines(file)
+        if not self.header and not self.address.endswith(".jsonl"):
+            self._own_header(lines)
+        rows = _json_lines(lines) if self.address.endswith(".jsonl") else self._reader(lines)
+        offset = lines.position
+        for _ in rows:
+            yield offset
+            offset = lines.position
+        yield offset
+
+    def rows(self, cut: Cut) -> Iterator[dict[str, Any] | str]:
+        """The rows of a range as JSON values, or what is wrong with a row. Raises one of UNREADABLE."""
+        if cut.start >= cut.stop:
+            return
+        with self._open() as file:
+            if self.is_parquet:
+                for batch in _parquet_batches(pq.ParquetFile(file), None, cut.start, cut.stop):
+                    yield from ({name: plain(value) for name, value in row.items()} for row in batch.to_pylist())
+            else:
+                file.seek(cut.offset)
+                yield from itertools.islice(self._text_rows(_Lines(file)), cut.stop - cut.start)
+
+    def batches(self, names: Sequence[str], stop: int) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """The columns `names` of the first `stop` rows, in batches. Raises UserError if it cannot be read."""
+        try:
+            with self._open() as file:
+                if self.is_parquet:
+                    for batch in _parquet_batches(pq.ParquetFile(file), list(names), 0, stop):
+                        yield {name: batch.column(name).to_pylist() for name in names}
+                    return
+                lines = _Lines(file)
+                if not self.header and not self.address.endswith(".jsonl"):
+                    self._own_header(lines)
+                rows = itertools.islice(self._text_rows(lines), stop)
+                while group := list(itertools.islice(rows, _BATCH_ROWS)):
+                    yield {name: [row.get(name) if isinstance(row, dict) else None for row in group] for name in names}
+        except UNREADABLE as error:
+            raise UserError(f"cannot read the table {self.address}: {error}") from error
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def _reader(self, lines: "_Lines") -> Iterator[list[str] | str]:
+        """The fields of each row, or what is wrong with it; blank lines are no rows.
+
+        csv is read with double quotes, as Excel and pandas write it; in tsv a quote is a character like any other.
+        """
+        texts = (line.decode("utf-8", "surrogateescape") for line in lines)
+        if self.address.endswith(".tsv"):
+            yield from (text.rstrip("\r\n").split("\t") for text in texts if text.strip("\r\n"))
+            return
+        reader = csv.reader(texts)
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield str(error)
+                continue
+            if fields:
+                yield fields
+
+    def _text_rows(self, lines: "_Lines") -> Iterator[dict[str, Any] | str]:
+        if self.address.endswith(".jsonl"):
+            yield from _json_rows(lines)
+            return
+        columns = self.columns
+        for fields in self._reader(lines):
+            if isinstance(fields, str):
+                yield f"it is not csv: {fields}"
+            elif len(fields) != len(columns):
+                yield f"it has {len(fields)} fields; the table has {len(columns)} columns"
+            else:
+                yield {name: plain(value) for name, value in zip(columns, fields, strict=True)}
+
+
+class _Lines:
+    """The lines of a file from where it stands, and the byte where the next one starts.
+
+    A line above MAX_METADATA_BYTES comes in pieces, none of which is likely to be a row.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.position = file.tell()
+        if self.position == 0 and file.read(3) == b"\xef\xbb\xbf":
+            self.position = 3
+        file.seek(self.position)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line := self._file.readline(MAX_METADATA_BYTES):
+            self.position += len(line)
+            yield line
+
+
+def _json_lines(lines: _Lines) -> Iterator[bytes]:
+    return (line for line in lines if line.strip())
+
+
+def _json_rows(lines: _Lines) -> Iterator[dict[str, Any] | str]:
+    for line in _json_lines(lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"it is not JSON: {error}"
+            continue
+        yield plain(row) if isinstance(row, dict) else "it is not a JSON object"
+
+
+def _cut(rows: int | Iterable[int], first: int, step: int) -> Iterator[Cut]:
+    """Ranges of rows, of their number, or of the bytes where they start (with the end of the file as the last)."""
+    if isinstance(rows, int):
+        start, size = 0, first
+        while start < rows:
+            stop = min(start + size, rows)
+            yield Cut(start, stop, 0)
+            start, size = stop, step
+        return
+    start, size, offset, number = 0, first, 0, 0
+    for number, position in enumerate(rows):
+        if number == start:
+            offset = position
+        if number == start + size:
+            yield Cut(start, number, offset)
+            start, size, offset = number, step, position
+    if number > start:
+        yield Cut(start, number, offset)
+
+
+def _parquet_batches(
+    file: pq.ParquetFile, columns: list[str] | None, start: int, stop: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows start..stop; row groups without any of them are not read, and of others only a batch at a time is held."""
+    first = 0
+    for group in range(file.num_row_groups):
+        last = first + file.metadata.row_group(group).num_rows
+        if last > start and first < stop:
+            position = first
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                low, high = max(start - position, 0), min(stop - position, batch.num_rows)
+                if low < high:
+                    yield batch.slice(low, high - low)
+                position += batch.num_rows
+                if position >= stop:
+                    return
+        first = last
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: NaN and infinities become null, times ISO 8601 text, bytes hex digits."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
+        return str(value)
+    raise TypeError(f"a table has a value of the type {type(value).__name__}, which JSON cannot hold")

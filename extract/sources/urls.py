@@ -1,0 +1,383 @@
+"""Tables of URLs and captions as a source (LAION, COYO, CC12M, DataComp, one's own). docs/urls.md is its manual.
+
+A unit names ranges of rows; the worker reads those rows itself, filters them, downloads what is left, and gives one
+output for every row, in the order of the table. Planning holds one bit for each row (to find repeated URLs) and the
+names of the tables, whatever the number of rows.
+
+A row's key is the number of its table and its own number in it, both counted from 0: "00012-000034567". Keys stay the
+same as long as the list of tables does, or grows at its end.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from extract.answers import DownloadProblem
+from extract.download import Batch, Downloaded, Downloader, DownloadSettings
+from extract.duplicates import Repeats, find_repeats
+from extract.filters import Filters
+from extract.reasons import REASONS
+from extract.sources import Failure, RawSample, Unit
+from extract.sources.captions import checked_caption
+from extract.sources.files import ReadProblem
+from extract.sources.url_tables import UNREADABLE, Cut, Table, find_tables
+from shards.errors import UsageError, UserError
+
+URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
+CAPTION_COLUMNS = ("caption", "text", "alt", "alt_text", "prompt", "description", "title")
+MAX_CAPTION_BYTES = 64 << 10
+SCREENED_ROWS = 256  # filtered together
+_OURS = ("intrinsics", "download")  # fields of a sample's json that a column must not hide
+_KEY = re.compile(r"(\d{5,})-(\d{9,})")
+_COUNTED_BYTES = 256 << 20
+
+
+class Range(NamedTuple):
+    """Rows of one table. repeated: for each column of `distinct`, the rows (from cut.start) that repeat an earlier one.
+
+    only: the rows (from cut.start) that are meant; None for all.
+    """
+
+    table: int
+    address: str
+    cut: Cut
+    repeated: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    only: tuple[int, ...] | None = None
+
+
+class Columns(NamedTuple):
+    """Where a table has what we need. values: for the filters; hashes: (sha256 or md5, column)."""
+
+    url: str
+    caption: str
+    values: dict[str, str]
+    hashes: tuple[tuple[str, str], ...]
+
+
+class Row(NamedTuple):
+    """A row that is to be downloaded."""
+
+    key: str
+    url: str
+    caption: str
+    fields: dict[str, Any]
+    hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class UrlSource:
+    """tables: files, folders, globs or braces, local or fsspec, of parquet, csv, tsv or jsonl; one or a list.
+
+    url_column, caption_column: found by usual names if not given; caption_column = "" means that there are no captions.
+    header: the columns' names, for csv and tsv files that have none.
+    distinct: what must not be the same in two rows; the first row that passes the filters is kept. "url"; "content":
+        the downloaded bytes, within one shard; or the name of a column, such as a hash that the table states.
+    verify_hash: refuse images that have not the md5 or sha256 that a column of this name (or sha256_column, md5_column)
+        states.
+    """
+
+    tables: str | tuple[str, ...]
+    url_column: str | None = None
+    caption_column: str | None = None
+    header: tuple[str, ...] = ()
+    distinct: tuple[str, ...] = ("url",)
+    verify_hash: bool = True
+    sha256_column: str | None = None
+    md5_column: str | None = None
+    filters: Filters = field(default_factory=Filters)
+    download: DownloadSettings = field(default_factory=DownloadSettings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone: open connections stay where they are."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    # ---- planning ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _tables(self) -> list[Table]:
+        return [Table(address, self.header) for address in find_tables(self.tables)]
+
+    def describe(self) -> dict[str, Any]:
+        """The names, sizes and last 64 KiB of all tables as one digest, and the settings that choose rows."""
+        digest, size = hashlib.sha256(), 0
+        with ThreadPoolExecutor(16) as pool:
+            for table, (table_size, tail) in zip(
+                self._tables, pool.map(Table.size_and_tail, self._tables), strict=True
+            ):
+                name = table.address.rsplit("/", 1)[-1]
+                digest.update(f"{name}\0{table_size}\0{hashlib.sha256(tail).hexdigest()}\n".encode())
+                size += max(0, table_size)
+        settings = dataclasses.asdict(self)
+        del settings["tables"], settings["download"]
+        return {"kind": "urls", "tables": len(self._tables), "bytes": size, "listing": digest.hexdigest(), **settings}
+
+    def total(self) -> int | None:
+        """The number of rows; None if text tables of more than 256 MiB would have to be read to know it."""
+        texts = [table for table in self._tables if not table.is_parquet]
+        if texts and sum(table.size_and_tail()[0] for table in texts) > _COUNTED_BYTES:
+            return None
+        with ThreadPoolExecutor(16) as pool:
+            return sum(pool.map(Table.count, self._tables))
+
+    def units(self, shard_size: int, limit: int | None = None) -> Iterator[Unit]:
+        """Units of `shard_size` rows in the order of the tables; the last one has what is left."""
+        self._columns(self._tables[0])  # wrong settings are told before any work
+        repeats = self._repeats(limit)
+        ranges: list[Range] = []
+        index, room, before, left = 0, shard_size, 0, limit
+        for number, table in enumerate(self._tables):
+            rows = 0
+            for cut in table.cuts(room, shard_size):
+                rows = cut.stop
+                if left is not None:
+                    cut = cut._replace(stop=min(cut.stop, cut.start + left))
+                    left -= cut.stop - cut.start
+                if cut.stop > cut.start:
+                    first, last = before + cut.start, before + cut.stop
+                    repeated = tuple((name, tuple(found.within(first, last))) for name, found in repeats.items())
+                    ranges.append(Range(number, table.address, cut, repeated))
+                    room -= cut.stop - cut.start
+                if ranges and (room == 0 or left == 0):
+                    yield Unit(index, tuple(ranges))
+                    index, room, ranges = index + 1, shard_size, []
+                if left == 0:
+                    return
+            before += rows
+        if ranges:
+            yield Unit(index, tuple(ranges))
+
+    def again(self, keys: Iterable[str], shard_size: int, first_index: int) -> Iterator[Unit]:
+        """Units of these rows alone, in the order of the tables, for another attempt at what failed. Raises UsageError."""
+        rows: list[tuple[int, int]] = []
+        for key in keys:
+            match = _KEY.fullmatch(key)
+            if not match or int(match[1]) >= len(self._tables):
+                raise UsageError(
+                    f"{key!r} is not the key of a row of these tables; were they changed since the first run?"
+                )
+            rows.append((int(match[1]), int(match[2])))
+        rows.sort()
+        position = -1
+        cuts: Iterator[Cut] = iter(())
+        cut = Cut(0, 0, 0)
+        for index, begin in enumerate(range(0, len(rows), shard_size), first_index):
+            ranges = []
+            for number, group in groupby(rows[begin : begin + shard_size], key=lambda row: row[0]):
+                table, wanted = self._tables[number], [row for _, row in group]
+                if number != position:
+                    position, cuts, cut = number, table.cuts(shard_size, shard_size), Cut(0, 0, 0)
+                while cut.stop <= wanted[0]:  # a text table is read on from the start of the range that the row is in
+                    following = next(cuts, None)
+                    if following is None:
+                        raise UsageError(f"{table.address} has no row {wanted[0]}; was it changed since the first run?")
+                    cut = following
+                only = tuple(row - cut.start for row in wanted)
+                ranges.append(Range(number, table.address, cut._replace(stop=wanted[-1] + 1), (), only))
+            yield Unit(index, tuple(ranges))
+
+    def _repeats(self, limit: int | None) -> dict[str, Repeats]:
+        """For each column of `distinct`, which of the first `limit` rows repeat an earlier one that passes the filters."""
+        known: dict[int | None, dict[str, Repeats]] = self._known_repeats
+        if limit not in known:
+            found: dict[str, Repeats] = {}
+            for name in self.distinct:
+                if name != "content":
+                    found[name] = find_repeats(self._texts(name, list(found.values()), limit))
+            known[limit] = found
+        return known[limit]
+
+    @cached_property
+    def _known_repeats(self) -> dict[int | None, dict[str, Repeats]]:
+        return {}
+
+    def _texts(self, name: str, earlier: Sequence[Repeats], limit: int | None) -> Iterator[list[str | None]]:
+        """What must be distinct, row by row; None where a row is dropped anyway."""
+        row = 0
+        for table in self._tables:
+            columns = self._columns(table)
+            column = columns.url if name == "url" else name
+            if column not in table.columns:
+                raise UsageError(
+                    f"source.distinct names {name!r}, but {table.address} has only {', '.join(table.columns)}"
+                )
+            needed = {column, *columns.values.values()}
+            if self.filters.needs_captions and columns.caption:
+                needed.add(columns.caption)
+            stop = (1 << 60) if limit is None else limit - row
+            for batch in table.batches(sorted(needed), stop):
+                count = len(batch[column])
+                out = {number for found in earlier for number in found.within(row, row + count)}
+                out.update(n for n, drop in enumerate(self._drops(columns, batch, count)) if drop)
+                yield [
+                    None if number in out or value is None else str(value).strip() or None
+                    for number, value in enumerate(batch[column])
+                ]
+                row += count
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
+        """One sample or failure for each row of the unit, in order; downloads run ahead of what is taken."""
+        ahead = max(256, 4 * self.download.concurrency)
+        waiting: deque[Failure | tuple[Row, int]] = deque()
+        contents: dict[str, str] = {}  # sha256 -> key
+        with self._downloader.batch() as batch:
+            for item in (item for part in unit.items for item in self._rows(part)):
+                waiting.append(item if isinstance(item, Failure) else (item, batch.submit(item.url, item.key)))
+                if len(waiting) > ahead:
+                    yield self._output(waiting.popleft(), batch, contents)
+            while waiting:
+                yield self._output(waiting.popleft(), batch, contents)
+
+    @cached_property
+    def _downloader(self) -> Downloader:
+        return Downloader(self.download)
+
+    def close(self) -> None:
+        """Closes the connections, if there are any. The source can be used again."""
+        if downloader := self.__dict__.pop("_downloader", None):
+            downloader.close()
+
+    def _rows(self, part: Range) -> Iterator[Row | Failure]:
+        """The rows of a range: what is to be downloaded, and a failure for every other."""
+        table = Table(part.address, self.header)
+        wanted = iter(range(part.cut.stop - part.cut.start) if part.only is None else part.only)
+        following = next(wanted, None)
+        group: list[tuple[int, dict[str, Any] | str]] = []
+        try:
+            columns = self._columns(table)
+            for number, row in enumerate(table.rows(part.cut)):
+                if number == following:
+                    group.append((number, row))
+                    following = next(wanted, None)
+                if len(group) == SCREENED_ROWS:
+                    yield from self._screen(part, columns, group)
+                    group = []
+            yield from self._screen(part, columns, group)
+            group = []
+            problem = "it has fewer rows than before"
+        except UsageError:
+            raise
+        except (*UNREADABLE, UserError) as error:
+            problem = str(error)
+        missing = [number for number, _ in group] + ([] if following is None else [following, *wanted])
+        for number in missing:
+            yield Failure(self._key(part, number), "read", "table_unreadable", f"{table.address}: {problem}")
+
+    @staticmethod
+    def _key(part: Range, number: int) -> str:
+        return f"{part.table:05d}-{part.cut.start + number:09d}"
+
+    def _screen(
+        self, part: Range, columns: Columns, group: Sequence[tuple[int, dict[str, Any] | str]]
+    ) -> Iterator[Row | Failure]:
+        """Filters rows that were read together."""
+        good = [row if isinstance(row, dict) else {} for _, row in group]
+        names = [columns.url, columns.caption, *columns.values.values()]
+        drops = self._drops(columns, {name: [row.get(name) for row in good] for name in names}, len(good))
+        repeated = [(name, frozenset(numbers)) for name, numbers in part.repeated]
+        for (number, row), drop in zip(group, drops, strict=True):
+            key = self._key(part, number)
+            try:
+                if isinstance(row, str):
+                    raise ReadProblem("bad_row", f"row {part.cut.start + number} of {part.address} is bad: {row}")
+                if drop:
+                    raise ReadProblem(*drop)
+                yield self._row(key, row, columns, [name for name, numbers in repeated if number in numbers])
+            except ReadProblem as problem:
+                yield Failure(key, REASONS[problem.reason].stage, problem.reason, problem.message)
+
+    def _row(self, key: str, row: dict[str, Any], columns: Columns, repeats: Sequence[str]) -> Row:
+        url = row.get(columns.url)
+        if not isinstance(url, str) or not url.strip():
+            raise ReadProblem("bad_row", f"its {columns.url!r} is not a URL")
+        for name in repeats:
+            if name == "url":
+                raise ReadProblem("duplicate_url", "an earlier row has the same URL")
+            raise ReadProblem("duplicate_hash", f"an earlier row has the same {name} {str(row.get(name))[:80]!r}")
+        caption = checked_caption(_text(row.get(columns.caption)), MAX_CAPTION_BYTES)
+        hashes = {kind: str(row[name]).strip().lower() for kind, name in columns.hashes if row.get(name)}
+        return Row(key, url.strip(), caption, row, hashes)
+
+    def _output(self, item: Failure | tuple[Row, int], batch: Batch, contents: dict[str, str]) -> RawSample | Failure:
+        if isinstance(item, Failure):
+            return item
+        row, place = item
+        outcome = batch.result(place)
+        try:
+            if isinstance(outcome, DownloadProblem):
+                raise ReadProblem(outcome.reason, outcome.message)
+            return self._sample(row, outcome, contents)
+        except ReadProblem as problem:
+            return Failure(row.key, REASONS[problem.reason].stage, problem.reason, problem.message)
+
+    def _sample(self, row: Row, downloaded: Downloaded, contents: dict[str, str]) -> RawSample:
+        digest = hashlib.sha256(downloaded.data).hexdigest()
+        for kind, stated in row.hashes.items():
+            found = digest if kind == "sha256" else hashlib.md5(downloaded.data, usedforsecurity=False).hexdigest()
+            if found != stated:
+                raise ReadProblem("hash_mismatch", f"its {kind} is {found}; the table states {stated[:80]!r}")
+        if "content" in self.distinct and contents.setdefault(digest, row.key) != row.key:
+            raise ReadProblem("duplicate_content", f"its bytes are the same as those of {contents[digest]}")
+        meta = {f"{name}_of_table" if name in _OURS else name: value for name, value in row.fields.items()}
+        if not {"url", "URL"} & meta.keys():
+            meta["url"] = row.url
+        meta.setdefault("sha256", digest)
+        return RawSample(row.key, downloaded.data, row.caption, {**meta, "download": downloaded.record})
+
+    # ---- columns -----------------------------------------------------------------------------------------------------
+
+    def _columns(self, table: Table) -> Columns:
+        """Where this table has what the settings ask for. Raises UsageError if it lacks something."""
+        names = table.columns
+        url = _column(table, self.url_column, URL_COLUMNS, "url_column", "the URLs")
+        caption = ""
+        if self.caption_column != "":
+            caption = _column(table, self.caption_column, CAPTION_COLUMNS, "caption_column", "the captions")
+        hashes = []
+        if self.verify_hash:
+            for kind, given in (("sha256", self.sha256_column), ("md5", self.md5_column)):
+                if given is not None:
+                    hashes.append((kind, _column(table, given, (), f"{kind}_column", f"the {kind}")))
+                else:
+                    hashes += [(kind, name) for name in names if name.lower() == kind]
+        return Columns(url, caption, self.filters.columns(names, table.address), tuple(hashes))
+
+    def _drops(self, columns: Columns, values: Mapping[str, Sequence[Any]], count: int) -> list[tuple[str, str] | None]:
+        """What the filters say to rows, given as columns."""
+        captions = [_text(value) for value in values.get(columns.caption, [None] * count)]
+        return self.filters.drops({quantity: values[name] for quantity, name in columns.values.items()}, captions)
+
+
+def _column(table: Table, given: str | None, usual: Sequence[str], setting: str, what: str) -> str:
+    available = ", ".join(table.columns) or "none"
+    if given is not None:
+        if given not in table.columns:
+            raise UsageError(f"{table.address} has no column {given!r}; its columns: {available}")
+        return given
+    by_name = {name.lower(): name for name in reversed(table.columns)}
+    found = next((by_name[name] for name in usual if name in by_name), None)
+    if found is None:
+        hint = ", or set source.caption_column to '' if it has no captions" if setting == "caption_column" else ""
+        raise UsageError(
+            f"none of the columns of {table.address} has a usual name for {what} (they are: {available}); name it with "
+            f"source.{setting}{hint}"
+        )
+    return found
+
+
+def _text(value: Any) -> str:
+    """A caption's cell as text; of a list its first."""
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    return "" if value is None else str(value)
