@@ -4,42 +4,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
-from infer.condition import Given, signal_and_noise
 from infer.sampler import CoGenerator, Progress
 from infer.schedules import Drop, Gaussian, Joint, Off
-from infer.vae import encode
 from shards.errors import UsageError, UserError
 from shards.intrinsics import INTRINSICS
-from shards.packing import DepthRange, pack
+from shards.packing import DepthRange
 from tests import tiny, tiny_text
+from tests.tiny_text import close, loaded, models
 
 BASES = sorted(tiny.PIPELINES)
 PROMPT, OTHER = "a red cube", "two blue spheres"
 SMALL = {"size": 64, "steps": 3}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Real diffusers folders and run folders of every tiny base."""
-    root = tmp_path_factory.mktemp("models")
-    made = {}
-    for name in BASES:
-        pipeline = tiny_text.pipeline(name)
-        pipeline.save_pretrained(root / name / "base")
-        made[name] = (str(root / name / "base"), str(tiny_text.save_run(pipeline, root / name / "run")))
-    return made
-
-
-@pytest.fixture(scope="module")
-def generators(folders):
-    """One loaded generator for each base, as a user loads it."""
-    made = {}
-    for name, (base, run) in folders.items():
-        made[name] = CoGenerator.from_pretrained(base, run, device="cpu")
-        made[name].pipeline.set_progress_bar_config(disable=True)
-    return made
 
 
 def stock(folder: str, seeds=(0,), prompt=PROMPT, output_type="latent", guidance=7.5, steps=3, **options):
@@ -65,37 +41,33 @@ def stock(folder: str, seeds=(0,), prompt=PROMPT, output_type="latent", guidance
     ).images
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-
-
 # ---- invariant 6 and 7 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
-def test_off_gives_the_stock_pipelines_image(generators, folders, name, guidance):
-    expected = stock(folders[name][0], seeds=(7, 8), guidance=guidance)
+def test_off_gives_the_stock_pipelines_image(name, guidance):
+    expected = stock(models(name)[0], seeds=(7, 8), guidance=guidance)
     asked = {"seeds": [7, 8], "guidance": guidance, **SMALL}
-    close(generators[name](PROMPT, schedule="off", **asked).latents, expected)
-    alone = generators[name](PROMPT, schedule="off", intrinsics=False, **asked)
+    close(loaded(name)(PROMPT, schedule="off", **asked).latents, expected)
+    alone = loaded(name)(PROMPT, schedule="off", intrinsics=False, **asked)
     assert torch.equal(alone.latents, expected)  # the image's rows run alone: the very same kernels and shapes
-    pictures = stock(folders[name][0], seeds=(7, 8), guidance=guidance, output_type="pil")
+    pictures = stock(models(name)[0], seeds=(7, 8), guidance=guidance, output_type="pil")
     for made, wanted in zip(alone.images, pictures, strict=True):
         assert np.array_equal(np.asarray(made), np.asarray(wanted))
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_off_with_a_negative_prompt_gives_the_stock_pipelines_image(generators, folders, name):
-    expected = stock(folders[name][0], seeds=(7,), negative_prompt=["blurry"])
-    made = generators[name](PROMPT, negative_prompt="blurry", seeds=7, schedule="off", intrinsics=False, **SMALL)
+def test_off_with_a_negative_prompt_gives_the_stock_pipelines_image(name):
+    expected = stock(models(name)[0], seeds=(7,), negative_prompt=["blurry"])
+    made = loaded(name)(PROMPT, negative_prompt="blurry", seeds=7, schedule="off", intrinsics=False, **SMALL)
     assert torch.equal(made.latents, expected)
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_w_1_is_not_the_base_and_has_four_maps_in_the_datasets_conventions(generators, folders, name):
-    made = generators[name](PROMPT, seeds=7, schedule=Joint(), **SMALL)
-    assert (made.latents - stock(folders[name][0], seeds=(7,))).abs().max() > 1e-2
+def test_w_1_is_not_the_base_and_has_four_maps_in_the_datasets_conventions(name):
+    made = loaded(name)(PROMPT, seeds=7, schedule=Joint(), **SMALL)
+    assert (made.latents - stock(models(name)[0], seeds=(7,))).abs().max() > 1e-2
     assert made.images[0].size == (64, 64)
     assert list(made.intrinsics[0]) == list(INTRINSICS)
     for intrinsic, item in made.intrinsics[0].items():
@@ -105,8 +77,8 @@ def test_w_1_is_not_the_base_and_has_four_maps_in_the_datasets_conventions(gener
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_sampling_leaves_every_weight_of_the_base_as_it_was(folders, name):
-    base, run = folders[name]
+def test_sampling_leaves_every_weight_of_the_base_as_it_was(name):
+    base, run = models(name)
     untouched = DiffusionPipeline.from_pretrained(base)
     with CoGenerator.from_pretrained(base, run, device="cpu") as generator:
         generator.pipeline.set_progress_bar_config(disable=True)
@@ -124,36 +96,36 @@ def test_sampling_leaves_every_weight_of_the_base_as_it_was(folders, name):
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("scheduler", [None, "euler-a"])
-def test_a_batch_equals_its_images_alone(generators, name, scheduler):
+def test_a_batch_equals_its_images_alone(name, scheduler):
     asked = {"schedule": Gaussian(sigma=400), "scheduler": scheduler, **SMALL}
-    batch = generators[name]([PROMPT, OTHER], seeds=[3, 9], **asked)
+    batch = loaded(name)([PROMPT, OTHER], seeds=[3, 9], **asked)
     for i, (prompt, seed) in enumerate([(PROMPT, 3), (OTHER, 9)]):
-        alone = generators[name](prompt, seeds=seed, **asked)
+        alone = loaded(name)(prompt, seeds=seed, **asked)
         close(batch.latents[i : i + 1], alone.latents)
         close(batch.intrinsic_latents[i : i + 1], alone.intrinsic_latents)
 
 
-def test_the_same_seed_gives_the_same_result_and_another_one_another(generators):
-    one, same, other = (generators["sd21"](PROMPT, seeds=seed, **SMALL) for seed in (5, 5, 6))
+def test_the_same_seed_gives_the_same_result_and_another_one_another():
+    one, same, other = (loaded("sd21")(PROMPT, seeds=seed, **SMALL) for seed in (5, 5, 6))
     assert torch.equal(one.latents, same.latents) and torch.equal(one.intrinsic_latents, same.intrinsic_latents)
     assert not torch.equal(one.latents, other.latents)
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
-def test_stochastic_and_other_schedulers_agree_with_the_stock_pipeline_when_off(generators, folders, name):
+def test_stochastic_and_other_schedulers_agree_with_the_stock_pipeline_when_off(name):
     options = {"eta": 0.7} if name == "DDIMScheduler" else {}
-    expected = stock(folders["sd15"][0], seeds=(1, 2), scheduler=name, **options)
-    made = generators["sd15"](PROMPT, seeds=[1, 2], schedule="off", scheduler=name, **SMALL, **options)
+    expected = stock(models("sd15")[0], seeds=(1, 2), scheduler=name, **options)
+    made = loaded("sd15")(PROMPT, seeds=[1, 2], schedule="off", scheduler=name, **SMALL, **options)
     close(made.latents, expected)
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "dpm++", "heun", "lms", "pndm", "unipc"])
-def test_every_named_scheduler_runs_and_drops_the_intrinsics_without_changing_the_image(generators, scheduler):
+def test_every_named_scheduler_runs_and_drops_the_intrinsics_without_changing_the_image(scheduler):
     asked = {"schedule": "gaussian", "scheduler": scheduler, "size": 64, "steps": 5}
-    before = type(generators["sd15"].pipeline.scheduler)
-    full, image_only = (generators["sd15"](PROMPT, intrinsics=wanted, **asked) for wanted in (True, False))
+    before = type(loaded("sd15").pipeline.scheduler)
+    full, image_only = (loaded("sd15")(PROMPT, intrinsics=wanted, **asked) for wanted in (True, False))
     close(image_only.latents, full.latents)
-    assert type(generators["sd15"].pipeline.scheduler) is before  # another scheduler is for one call only
+    assert type(loaded("sd15").pipeline.scheduler) is before  # another scheduler is for one call only
 
 
 # ---- the intrinsic stream stops --------------------------------------------------------------------------------------
@@ -161,8 +133,8 @@ def test_every_named_scheduler_runs_and_drops_the_intrinsics_without_changing_th
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize(("schedule", "rows"), [(Gaussian(), True), (Off(), True), (Joint(), False)])
-def test_image_only_spares_rows_of_the_network_and_gives_the_same_image(generators, name, schedule, rows):
-    generator, count = generators[name], []
+def test_image_only_spares_rows_of_the_network_and_gives_the_same_image(name, schedule, rows):
+    generator, count = loaded(name), []
     first = generator.denoiser.network.get_submodule("conv_in" if hasattr(generator.pipeline, "unet") else "pos_embed")
     handle = first.register_forward_hook(lambda _, args, out: count.append(args[0].shape[0]))
     try:
@@ -182,15 +154,15 @@ def test_image_only_spares_rows_of_the_network_and_gives_the_same_image(generato
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_shares_callbacks_and_generated_depth_range(generators, name):
+def test_shares_callbacks_and_generated_depth_range(name):
     told: list[Progress] = []
-    made = generators[name](
+    made = loaded(name)(
         PROMPT, shares=True, schedule="joint", callback=told.append, depth=DepthRange("metric", 2.0, 4.0), **SMALL
     )
     assert [progress.step for progress in told] == [0, 1, 2]
     assert told[0].latents.shape == told[0].intrinsic_latents.shape == made.latents.shape
     assert torch.equal(told[-1].latents, made.latents)
-    layers = len(generators[name].denoiser.processors)
+    layers = len(loaded(name).denoiser.processors)
     assert len(made.shares) == 3 * layers and made.shares[0].value.shape == (2, 1)
     finite = made.intrinsics[0]["depth"].values
     finite = finite[np.isfinite(finite)]
@@ -198,27 +170,27 @@ def test_shares_callbacks_and_generated_depth_range(generators, name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_embeddings_of_the_user_stand_for_prompts(generators, folders, name):
-    pipeline = generators[name].pipeline
+def test_embeddings_of_the_user_stand_for_prompts(name):
+    pipeline = loaded(name).pipeline
     given = tiny.embeddings(pipeline, 2)
-    expected = stock(folders[name][0], seeds=(0, 1), prompt=None, **given)
+    expected = stock(models(name)[0], seeds=(0, 1), prompt=None, **given)
     given.pop("negative_prompt", None)
-    made = generators[name](seeds=[0, 1], schedule="off", intrinsics=False, **given, **SMALL)
+    made = loaded(name)(seeds=[0, 1], schedule="off", intrinsics=False, **given, **SMALL)
     assert torch.equal(made.latents, expected)
 
 
-def test_settings_of_a_result_are_json_and_name_all_that_matters(generators):
+def test_settings_of_a_result_are_json_and_name_all_that_matters():
     import json
 
-    made = generators["sdxl"](PROMPT, schedule="drop:tau=700", scheduler="euler", clip_skip=1, **SMALL)
+    made = loaded("sdxl")(PROMPT, schedule="drop:tau=700", scheduler="euler", clip_skip=1, **SMALL)
     settings = json.loads(json.dumps(made.settings))
     assert settings["schedule"] == Drop(tau=700, stages=(3, 4, 5)).to_dict()
     assert settings["scheduler"]["class"] == "EulerDiscreteScheduler"
     assert settings["steps"] == 3 and settings["height"] == 64 and settings["options"] == {"clip_skip": 1}
 
 
-def test_wrong_arguments_are_sentences(generators):
-    generator = generators["sd15"]
+def test_wrong_arguments_are_sentences():
+    generator = loaded("sd15")
     for arguments, message in (
         ({"prompt": None}, "either a prompt or prompt_embeds"),
         ({"prompt": [PROMPT] * 3, "seeds": [1, 2]}, "do not pair"),
@@ -232,11 +204,11 @@ def test_wrong_arguments_are_sentences(generators):
         with pytest.raises(UserError, match=message):
             generator(**(SMALL | arguments))
     with pytest.raises(UsageError, match="multiples of 16"):
-        generators["pixart_sigma"](PROMPT, size=72, steps=1)
+        loaded("pixart_sigma")(PROMPT, size=72, steps=1)
 
 
-def test_the_pipeline_by_hand_is_refused_while_ours_and_is_stock_again_after_close(folders):
-    base, run = folders["sd15"]
+def test_the_pipeline_by_hand_is_refused_while_ours_and_is_stock_again_after_close():
+    base, run = models("sd15")
     expected = stock(base, seeds=(0,))
     generator = CoGenerator.from_pretrained(base, run, device="cpu")
     pipeline = generator.pipeline
@@ -252,8 +224,8 @@ def test_the_pipeline_by_hand_is_refused_while_ours_and_is_stock_again_after_clo
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_a_community_lora_acts_on_the_image_stream_only_with_its_strength(folders, tmp_path, name):
-    base, run = folders[name]
+def test_a_community_lora_acts_on_the_image_stream_only_with_its_strength(tmp_path, name):
+    base, run = models(name)
     pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     adapter = tiny_text.save_community_lora(pipeline, tmp_path)
@@ -290,8 +262,8 @@ def stock_with_lora(base, adapter, strength):
     ).images
 
 
-def test_vae_tiling_and_slicing_of_the_pipeline_reach_the_intrinsics(folders):
-    base, run = folders["sd15"]
+def test_vae_tiling_and_slicing_of_the_pipeline_reach_the_intrinsics():
+    base, run = models("sd15")
     with CoGenerator.from_pretrained(base, run, device="cpu") as generator:
         generator.pipeline.set_progress_bar_config(disable=True)
         whole = generator([PROMPT, OTHER], seeds=[0, 1], **SMALL)
@@ -308,11 +280,11 @@ def test_vae_tiling_and_slicing_of_the_pipeline_reach_the_intrinsics(folders):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_model_offload_moves_the_intrinsic_vae_too_and_gives_the_same_image(folders, when):
+def test_model_offload_moves_the_intrinsic_vae_too_and_gives_the_same_image(when):
     """Offloading wants an accelerator; its hooks are the same with the CPU as the device to compute on."""
     from accelerate import cpu_offload_with_hook
 
-    base, run = folders["sd15"]
+    base, run = models("sd15")
     pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     with CoGenerator.from_pretrained(base, run, device="cpu") as plain:
@@ -330,8 +302,8 @@ def test_model_offload_moves_the_intrinsic_vae_too_and_gives_the_same_image(fold
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BASES)
-def test_half_precision_gives_the_stock_pipelines_image_when_off(folders, name, dtype):
-    base, run = folders[name]
+def test_half_precision_gives_the_stock_pipelines_image_when_off(name, dtype):
+    base, run = models(name)
     pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     options = {"use_resolution_binning": False} if "pixart" in name else {}
@@ -346,10 +318,10 @@ def test_half_precision_gives_the_stock_pipelines_image_when_off(folders, name, 
     assert pipeline.vae.dtype == generator.vae.dtype == dtype  # upcasting for a decode is for that decode only
 
 
-def test_sequential_offload_after_loading_gives_the_same_image(folders):
+def test_sequential_offload_after_loading_gives_the_same_image():
     from accelerate import cpu_offload
 
-    base, run = folders["sd15"]
+    base, run = models("sd15")
     with CoGenerator.from_pretrained(base, run, device="cpu") as generator:
         generator.pipeline.set_progress_bar_config(disable=True)
         expected = generator(PROMPT, **SMALL)
@@ -361,8 +333,8 @@ def test_sequential_offload_after_loading_gives_the_same_image(folders):
     assert torch.equal(made.intrinsic_latents, expected.intrinsic_latents)
 
 
-def test_a_second_generator_on_one_pipeline_is_refused(folders):
-    base, run = folders["sd15"]
+def test_a_second_generator_on_one_pipeline_is_refused():
+    base, run = models("sd15")
     with (
         CoGenerator.from_pretrained(base, run, device="cpu") as generator,
         pytest.raises(UserError, match="already installed"),
@@ -370,93 +342,6 @@ def test_a_second_generator_on_one_pipeline_is_refused(folders):
         CoGenerator(generator.pipeline, run)
 
 
-# ---- known streams ---------------------------------------------------------------------------------------------------
-
-
-def noise_picture(seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8), "RGB")
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_image_to_intrinsics_keeps_the_image_and_depends_on_it(generators, name):
-    generator = generators[name]
-    one, two = (generator(PROMPT, given=Given(image=noise_picture(seed)), steps=3, seeds=1) for seed in (0, 1))
-    pixels = torch.from_numpy(np.array(noise_picture(0))).movedim(2, 0)[None] / 127.5 - 1
-    with torch.no_grad():
-        close(one.latents, encode(generator.pipeline.vae, pixels))
-    assert not torch.equal(one.intrinsic_latents, two.intrinsic_latents)
-    assert one.images[0].size == (64, 64)
-
-
-@pytest.mark.parametrize("name", ["sd21", "pixart_alpha"])
-@pytest.mark.parametrize("scheduler", [None, "euler-a", "heun"])
-def test_the_network_sees_the_known_stream_at_its_noised_self_in_every_step(generators, name, scheduler):
-    generator, seen = generators[name], []
-    alphas = generator.pipeline.scheduler.alphas_cumprod
-    network = generator.denoiser.network
-
-    def look(_, args, kwargs):
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        seen.append((sample.clone(), float(torch.as_tensor(timestep).reshape(-1)[0])))
-
-    handle = network.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        given = Given(image=noise_picture())
-        made = generator(PROMPT, given=given, steps=3, seeds=1, scheduler=scheduler, schedule=Joint())
-    finally:
-        handle.remove()
-    noise = torch.randn((1, *made.latents.shape[1:]), generator=torch.Generator().manual_seed(1))
-    for sample, timestep in seen:
-        signal, sigma = signal_and_noise(alphas, timestep)
-        assert signal**2 + sigma**2 == pytest.approx(1)
-        for guidance_half in sample.unflatten(0, (2, 2, 1)):
-            torch.testing.assert_close(guidance_half[0], signal * made.latents + sigma * noise, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kept", [("depth", "line"), tuple(INTRINSICS)])
-def test_given_intrinsics_any_subset_make_an_image_and_come_back_as_given(generators, kept):
-    generator = generators["sd15"]
-    source = generator(PROMPT, seeds=3, **SMALL).intrinsics[0]
-    maps = {name: source[name] for name in kept}
-    made = generator(PROMPT, given=Given(maps=maps), seeds=5, steps=3, schedule="joint")
-    with torch.no_grad():
-        expected = encode(generator.vae, torch.from_numpy(pack(maps)[0])[None])
-    close(made.intrinsic_latents, expected)
-    assert all(made.intrinsics[0][name] is maps[name] for name in kept)
-    assert set(made.intrinsics[0]) == set(INTRINSICS)
-    free = generator(PROMPT, seeds=5, steps=3, size=64, schedule="joint")
-    assert not torch.equal(made.latents, free.latents)
-
-
-def test_inpainting_changes_only_latents_under_the_mask(generators):
-    generator, mask = generators["sd15"], np.zeros((64, 64), bool)
-    mask[:20, 30:] = True
-    given = Given(image=noise_picture(), repaint_image=mask)
-    made = generator(PROMPT, given=given, steps=3, seeds=[1, 2])
-    pixels = torch.from_numpy(np.array(noise_picture())).movedim(2, 0)[None] / 127.5 - 1
-    with torch.no_grad():
-        clean = encode(generator.pipeline.vae, pixels)
-    changed = (made.latents - clean).abs().amax(dim=(0, 1)) > 1e-4
-    expected = torch.zeros(8, 8, dtype=torch.bool)
-    expected[:3, 3:] = True  # rows 0..19 and columns 30.. touch these latents
-    assert torch.equal(changed, expected)
-    assert not torch.equal(made.latents[0], made.latents[1])
-
-
-def test_what_does_not_fit_what_is_given_is_a_sentence(generators):
-    generator = generators["sd15"]
-    maps = {"line": generator(PROMPT, **SMALL).intrinsics[0]["line"]}
-    with pytest.raises(UserError, match="line map is 64 x 64; the size asked for is 72 x 64"):
-        generator(PROMPT, given=Given(maps=maps), size=(64, 72), steps=1)
-    with pytest.raises(UserError, match="the mask is 32 x 16"):
-        generator(PROMPT, given=Given(image=noise_picture(), repaint_image=np.ones((16, 32), bool)), steps=1)
-    with pytest.raises(UsageError, match="nothing is given"):
-        Given()
-    with pytest.raises(UsageError, match="mask says what to repaint"):
-        Given(image=noise_picture(), repaint_maps=np.ones((4, 4), bool))
-
-
-def test_a_lora_that_is_not_the_bases_is_refused(folders):
+def test_a_lora_that_is_not_the_bases_is_refused():
     with pytest.raises(UserError, match="does not fit"):
-        CoGenerator.from_pretrained(folders["sd15"][0], folders["sdxl"][1], device="cpu")
+        CoGenerator.from_pretrained(models("sd15")[0], models("sdxl")[1], device="cpu")

@@ -1,6 +1,10 @@
 """Tiny text encoders with their tokenizers, and whole bases saved as real diffusers folders, for tests and benchmarks."""
 
+import atexit
 import copy
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from infer import run_folder
 from infer.bases import network_of, prediction_type_of
 from infer.denoiser import JointDenoiser
 from infer.run_folder import manifest_for
+from infer.sampler import CoGenerator
 from infer.vae import widen
 from tests import tiny
 
@@ -119,3 +124,27 @@ def save_community_lora(made: Any, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     type(made).save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(network))
     return folder
+
+
+@cache
+def models(name: str) -> tuple[str, str]:
+    """The addresses of a base and of a run folder for it, in the real formats; made once, removed at the end."""
+    root = Path(tempfile.mkdtemp(prefix="ildm-tiny-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    made = pipeline(name)
+    made.save_pretrained(root / "base")
+    save_run(made, root / "run")
+    return str(root / "base"), str(root / "run")
+
+
+@cache
+def loaded(name: str) -> CoGenerator:
+    """A generator loaded from these folders as a user loads it; leave its pipeline as you found it."""
+    generator = CoGenerator.from_pretrained(*models(name), device="cpu")
+    generator.pipeline.set_progress_bar_config(disable=True)
+    return generator
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest value: float32 rounding, where kernels see other shapes."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
