@@ -337,6 +337,8 @@ def test_sources_are_opened_by_kind_with_checked_settings(tmp_path: Path) -> Non
     source = open_source({"kind": "folder", "path": str(tmp_path), "captions": "none"})
     assert source == FolderSource(str(tmp_path), captions="none")
     assert resolve({"kind": "folder", "path": "x"})["captions"] == "auto"
+    demo = open_source({"kind": "demo", "count": 3})
+    assert demo.total() == 3 and resolve({"kind": "demo", "count": 3})["seed"] == 0
     for wrong in ({"kind": "fold"}, {}, {"kind": "folder"}, {"kind": "folder", "path": "x", "capshuns": "none"}):
         with pytest.raises(UsageError):
             open_source(wrong)

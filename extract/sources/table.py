@@ -12,35 +12,39 @@ from extract.sources.files import IMAGE_SUFFIXES
 from shards.config import load_config
 from shards.errors import UsageError
 
-# kind: (module, class). A class is a frozen dataclass whose fields are the settings; modules are imported when needed.
-KINDS: dict[str, tuple[str, str]] = {
-    "demo": ("extract.sources.demo", "DemoSource"),
-    "folder": ("extract.sources.folder", "FolderSource"),
-    "tars": ("extract.sources.tars", "TarSource"),
-    "huggingface": ("extract.sources.huggingface", "HuggingFaceSource"),
-    "urls": ("extract.sources.urls", "UrlSource"),
+# kind: (module, settings, source): the names of two classes. Settings are a frozen dataclass; a source that needs no more
+# than its settings is that dataclass itself. Modules are imported when needed.
+KINDS: dict[str, tuple[str, str, str]] = {
+    "demo": ("extract.sources.demo", "DemoSettings", "DemoSource"),
+    "folder": ("extract.sources.folder", "FolderSource", "FolderSource"),
+    "tars": ("extract.sources.tars", "TarSource", "TarSource"),
+    "huggingface": ("extract.sources.huggingface", "HuggingFaceSource", "HuggingFaceSource"),
+    "urls": ("extract.sources.urls", "UrlSource", "UrlSource"),
 }
-
-
-def source_class(kind: object) -> type[Any]:
-    """The class of a kind of source. Raises UsageError for a kind that is not in the table."""
-    if kind not in KINDS:
-        raise UsageError(f"source.kind = {kind!r} is not one of {', '.join(KINDS)}")
-    module, name = KINDS[str(kind)]
-    return getattr(importlib.import_module(module), name)
 
 
 def open_source(settings: Mapping[str, Any]) -> Source:
     """The source that a recipe's table [source] describes: `kind`, and the settings of that kind. Raises UsageError."""
-    cls = source_class(settings.get("kind"))
-    source: Source = load_config(cls, {k: v for k, v in settings.items() if k != "kind"}, where="source")
+    loaded = _load(settings)
+    module, _, name = KINDS[settings["kind"]]
+    cls = getattr(importlib.import_module(module), name)
+    source: Source = loaded if isinstance(loaded, cls) else cls(loaded)
     return source
 
 
 def resolve(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a source with its defaults filled in, as JSON values; what a dataset's description records."""
-    source = open_source(settings)
-    return {"kind": settings["kind"], **dataclasses.asdict(source)}  # type: ignore[call-overload]
+    """The settings of a source with its defaults filled in; what a dataset's description records. Raises UsageError."""
+    return {"kind": settings.get("kind"), **dataclasses.asdict(_load(settings))}
+
+
+def _load(settings: Mapping[str, Any]) -> Any:
+    """The settings of a source as their dataclass."""
+    kind = settings.get("kind")
+    if kind not in KINDS:
+        raise UsageError(f"source.kind = {kind!r} is not one of {', '.join(KINDS)}")
+    module, name, _ = KINDS[str(kind)]
+    given = {key: value for key, value in settings.items() if key != "kind"}
+    return load_config(getattr(importlib.import_module(module), name), given, where="source")
 
 
 def settings_of(data: str) -> dict[str, Any] | None:
