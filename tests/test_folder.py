@@ -331,6 +331,11 @@ def test_data_arguments_stand_for_sources(tmp_path: Path) -> None:
     assert settings_of(str(tmp_path / "downloaded")) == {"kind": "tars", "tars": [f"{tmp_path}/downloaded/*.tar"]}
     assert settings_of(str(tmp_path / "saved")) == {"kind": "huggingface", "dataset": str(tmp_path / "saved")}
     assert settings_of("laion") is None
+    fill(tmp_path / "laion-art", "part-0.parquet", "part-1.parquet")
+    assert settings_of(str(tmp_path / "laion-art")) == {"kind": "urls", "tables": str(tmp_path / "laion-art")}
+    assert settings_of("s3://bucket/part-0.parquet") == {"kind": "urls", "tables": "s3://bucket/part-0.parquet"}
+    fill(tmp_path / "with_table", "captions.csv", "images/a.jpg")
+    assert settings_of(str(tmp_path / "with_table")) == {"kind": "folder", "path": str(tmp_path / "with_table")}
 
 
 def test_sources_are_opened_by_kind_with_checked_settings(tmp_path: Path) -> None:

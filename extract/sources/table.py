@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from extract.sources import Source
-from extract.sources.files import IMAGE_SUFFIXES
+from extract.sources.captions import TABLE_SUFFIXES
+from extract.sources.files import IMAGE_SUFFIXES, walk
 from shards.config import load_config
 from shards.errors import UsageError
+from shards.storage import Folder
 
 # kind: (module, settings, source): the names of two classes. Settings are a frozen dataclass; a source that needs no more
 # than its settings is that dataclass itself. Modules are imported when needed.
@@ -50,12 +52,15 @@ def _load(settings: Mapping[str, Any]) -> Any:
 def settings_of(data: str) -> dict[str, Any] | None:
     """The settings that a DATA argument stands for, where it is not a recipe; None if it is no source that is known.
 
-    An address that ends in .tar (patterns too): those tars. A folder saved by Hugging Face `datasets`: that dataset. A
-    folder with tars but no images at its top (img2dataset's, or our own output): its tars. Any other folder, and any
-    other address with ://, is a folder of images.
+    An address that ends in .tar (patterns too): those tars; one that ends like a table (.parquet, .csv, ...): URLs. A
+    folder saved by Hugging Face `datasets`: that dataset. A folder with tars but no images at its top (img2dataset's, or
+    our own output): its tars. A folder with tables at its top and no image anywhere: URLs. Any other folder, and any other
+    address with ://, is a folder of images.
     """
     if data.endswith(".tar"):
         return {"kind": "tars", "tars": [data]}
+    if data.endswith(TABLE_SUFFIXES):
+        return {"kind": "urls", "tables": data}
     path = Path(data)
     if not path.is_dir():
         return {"kind": "folder", "path": data} if "://" in data else None
@@ -64,4 +69,6 @@ def settings_of(data: str) -> dict[str, Any] | None:
     suffixes = {os.fsencode(entry.suffix.lower()) for entry in path.iterdir()}
     if b".tar" in suffixes and not suffixes & IMAGE_SUFFIXES:
         return {"kind": "tars", "tars": [f"{data.rstrip('/')}/*.tar"]}
+    if suffixes & set(map(os.fsencode, TABLE_SUFFIXES)) and next(walk(Folder(data)), None) is None:
+        return {"kind": "urls", "tables": data}
     return {"kind": "folder", "path": data}
