@@ -27,6 +27,7 @@ from shards.errors import UsageError, UserError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _BATCH_ROWS = 4096
+_HEAD_ROWS = 100
 UNREADABLE = (OSError, pa.ArrowException, EOFError)
 """What reading a damaged table, or one that has gone away, raises."""
 
@@ -96,14 +97,14 @@ class Table:
 
     @cached_property
     def columns(self) -> list[str]:
-        """The names of the columns; of a jsonl file those of its first row. Raises UserError if it cannot be read."""
+        """The names of the columns; of a jsonl file those of its first rows. Raises UserError if it cannot be read."""
         try:
             with self._open() as file:
                 if self.is_parquet:
                     return list(pq.ParquetFile(file).schema_arrow.names)
                 if self.address.endswith(".jsonl"):
-                    first = next((row for row in _json_rows(_Lines(file)) if isinstance(row, dict)), {})
-                    return list(first)
+                    head = itertools.islice(_json_rows(_Lines(file)), _HEAD_ROWS)
+                    return list(dict.fromkeys(name for row in head if isinstance(row, dict) for name in row))
                 return list(self.header) or self._own_header(_Lines(file))
         except UNREADABLE as error:
             raise UserError(f"cannot read the table {self.address}: {error}") from error

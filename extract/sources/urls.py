@@ -206,7 +206,7 @@ class UrlSource:
         for table in self._tables:
             columns = self._columns(table)
             column = columns.url if name == "url" else name
-            if column not in table.columns:
+            if column and column not in table.columns:
                 raise UsageError(
                     f"source.distinct names {name!r}, but {table.address} has only {', '.join(table.columns)}"
                 )
@@ -340,6 +340,8 @@ class UrlSource:
     def _columns(self, table: Table) -> Columns:
         """Where this table has what the settings ask for. Raises UsageError if it lacks something."""
         names = table.columns
+        if not names and not table.is_parquet:  # an empty file; or no line can be read, and each will be a bad row
+            return Columns("", "", dict.fromkeys(self.filters.needs, ""), ())
         url = _column(table, self.url_column, URL_COLUMNS, "url_column", "the URLs")
         caption = ""
         if self.caption_column != "":

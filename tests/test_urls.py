@@ -1,0 +1,435 @@
+"""Tables of URLs as a source: planning, reading, filtering, and one output for every row."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from extract.reasons import REASONS
+from extract.sources import Failure, RawSample
+from extract.sources.table import open_source
+from extract.sources.url_tables import Cut, Table, plain
+from extract.sources.urls import UrlSource
+from shards.errors import UsageError, UserError
+from shards.sample import KEY
+from tests.web import Web, photograph
+
+Make = Callable[..., UrlSource]
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[Web]:
+    with Web([photograph(number) for number in range(8)]).serving() as server:
+        yield server
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Makes sources that may ask the server on loopback; closes their connections in the end."""
+    made: list[UrlSource] = []
+
+    def source(tables: Any, **settings: Any) -> UrlSource:
+        quick = {
+            "allow_hosts": ["127.0.0.1"],
+            "idle_timeout_s": 0.3,
+            "total_timeout_s": 0.6,
+            "backoff_s": 0.01,
+            "retries": 1,
+            "max_bytes": 1 << 20,
+        }
+        tables = [str(table) for table in tables] if isinstance(tables, list) else str(tables)
+        made.append(open_source({"kind": "urls", "tables": tables, "download": quick, **settings}))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield source
+    for item in made:
+        item.close()
+
+
+def parquet(path: Path, columns: dict[str, list], rows_per_group: int = 1000) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=rows_per_group)
+    return path
+
+
+def everything(source: UrlSource, shard_size: int = 1000, limit: int | None = None) -> list[RawSample | Failure]:
+    return [output for unit in source.units(shard_size, limit) for output in source.read(unit)]
+
+
+def outcome(output: RawSample | Failure) -> str:
+    return output.reason if isinstance(output, Failure) else "ok"
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_gives_one_output_in_the_order_of_the_table(web: Web, make: Make, tmp_path: Path) -> None:
+    paths = [
+        "ok",
+        "404",
+        "late",
+        "html",
+        "cut",
+        "private",
+        "metadata",
+        "mapped",
+        "broken",
+        "noai",
+        "silent",
+        "flaky",
+    ] * 3
+    urls = [f"{web.address}/{path}/{number}.jpg" for number, path in enumerate(paths)]
+    table = parquet(tmp_path / "a.parquet", {"URL": urls, "TEXT": [f"picture {n}" for n in range(36)]})
+    outputs = everything(make(table), shard_size=10)
+    assert [output.key for output in outputs] == [f"00000-{number:09d}" for number in range(36)]
+    assert [outcome(output) for output in outputs] == [
+        *("ok", "not_found", "ok", "not_an_image", "connection_lost", *["forbidden_address"] * 3),
+        *("ok", "opted_out", "timeout", "ok"),  # what is broken within is found when it is decoded
+    ] * 3
+    first = outputs[0]
+    assert isinstance(first, RawSample)
+    assert (first.image, first.caption) == (web.images[0], "picture 0")
+    assert first.meta == {
+        "URL": urls[0],
+        "TEXT": "picture 0",
+        "sha256": hashlib.sha256(web.images[0]).hexdigest(),
+        "download": {"status": 200, "host": "127.0.0.1", "redirects": 0, "bytes": len(web.images[0])},
+    }
+
+
+def test_every_failure_has_a_reason_of_the_table_and_its_stage(web: Web, make: Make, tmp_path: Path) -> None:
+    urls = [f"{web.address}/{name}/1.jpg" for name in sorted(web.answers)] + ["", None, "ftp://x/", "nonsense"]
+    table = parquet(tmp_path / "a.parquet", {"url": urls, "caption": ["c"] * len(urls)})
+    failures = [output for output in everything(make(table)) if isinstance(output, Failure)]
+    assert len(failures) > 20
+    for failure in failures:
+        assert REASONS[failure.reason].stage == failure.stage
+        assert failure.message and KEY.match(failure.key)
+        json.dumps(dataclasses.asdict(failure))
+    assert [failure.reason for failure in failures[-4:]] == ["bad_row", "bad_row", "bad_url", "bad_url"]
+
+
+def test_filtered_rows_are_counted_and_never_requested(web: Web, make: Make, tmp_path: Path) -> None:
+    table = parquet(
+        tmp_path / "a.parquet",
+        {
+            "URL": [f"{web.address}/ok/filter{number}.jpg" for number in range(6)],
+            "TEXT": ["a cat", "a dog", "кот", "x", "a cow", "a hen"],
+            "WIDTH": [640, 640, 640, 640, 100, None],
+            "HEIGHT": [480, 480, 480, 480, 480, 480],
+            "AESTHETIC_SCORE": [6.6, 6.4, 7.0, 7.0, 7.0, 7.0],
+        },
+    )
+    filters = {"min_aesthetic": 6.5, "min_side_px": 256, "min_caption": 3, "caption_scripts": ["Latin"]}
+    outputs = everything(make(table, filters=filters))
+    assert [outcome(output) for output in outputs] == [
+        *(
+            "ok",
+            "filtered_aesthetic",
+            "filtered_caption_script",
+            "filtered_caption_length",
+            "filtered_size",
+            "filtered_size",
+        ),
+    ]
+    assert [path for path in web.requests if "filter" in path] == ["/ok/filter0.jpg"]
+
+
+def test_of_rows_with_one_url_the_first_that_passes_the_filters_is_kept(web: Web, make: Make, tmp_path: Path) -> None:
+    one, two = f"{web.address}/ok/1.jpg", f"{web.address}/ok/2.jpg"
+    columns = {
+        "url": [one, one, two, one, f" {two} "],
+        "caption": ["x", "long enough", "also long", "long again", "too long"],
+    }
+    first = parquet(tmp_path / "a.parquet", columns)
+    second = parquet(tmp_path / "b.parquet", {"url": [two], "caption": ["in another table"]})
+    outputs = everything(make([first, second], filters={"min_caption": 3}), shard_size=2)
+    assert [outcome(output) for output in outputs] == [
+        *("filtered_caption_length", "ok", "ok", "duplicate_url", "duplicate_url", "duplicate_url"),
+    ]
+    assert {outcome(output) for output in everything(make(first, distinct=[]))} == {"ok"}
+
+
+def test_repeated_contents_and_stated_hashes_are_found(web: Web, make: Make, tmp_path: Path) -> None:
+    table = parquet(
+        tmp_path / "a.parquet",
+        {
+            "url": [f"{web.address}/ok/{name}.jpg" for name in ("1", "a1", "2", "3", "4")],
+            "caption": list("abcde"),
+            "phash": ["p", "q", "r", "p", None],
+        },
+    )
+    outputs = everything(make(table, distinct=["url", "phash", "content"]))
+    assert [outcome(output) for output in outputs] == ["ok", "duplicate_content", "ok", "duplicate_hash", "ok"]
+    with pytest.raises(UsageError, match="nosuch"):
+        list(make(table, distinct=["nosuch"]).units(10))
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_bytes_that_differ_from_the_stated_hash_are_refused(web: Web, make: Make, tmp_path: Path, kind: str) -> None:
+    right = [hashlib.new(kind, web.images[number]).hexdigest() for number in range(3)]
+    table = parquet(
+        tmp_path / "a.parquet",
+        {
+            "url": [f"{web.address}/ok/{number}.jpg" for number in range(3)],
+            "caption": list("abc"),
+            kind.upper(): [right[0].upper(), right[0], None],
+        },
+    )
+    assert [outcome(output) for output in everything(make(table))] == ["ok", "hash_mismatch", "ok"]
+    assert [outcome(output) for output in everything(make(table, verify_hash=False))] == ["ok", "ok", "ok"]
+
+
+def test_a_consumer_may_stop_early_and_read_again(web: Web, make: Make, tmp_path: Path) -> None:
+    urls = [f"{web.address}/{'silent' if number % 2 else 'ok'}/{number}.jpg" for number in range(100)]
+    source = make(parquet(tmp_path / "a.parquet", {"url": urls, "caption": ["c"] * 100}))
+    (unit,) = source.units(100)
+    outputs = source.read(unit)
+    assert outcome(next(outputs)) == "ok"
+    outputs.close()  # type: ignore[attr-defined]
+    assert source._downloader.turns.active == 0 and source._downloader.turns.held == 0
+    assert outcome(next(source.read(unit))) == "ok"
+
+
+def test_two_units_can_be_read_at_once(web: Web, make: Make, tmp_path: Path) -> None:
+    urls = [f"{web.address}/late/{number}.jpg" for number in range(40)]
+    source = make(parquet(tmp_path / "a.parquet", {"url": urls, "caption": ["c"] * 40}))
+    left, right = (source.read(unit) for unit in source.units(20))
+    keys = [output.key for pair in zip(left, right, strict=True) for output in pair]
+    assert sorted(keys) == [f"00000-{number:09d}" for number in range(40)]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def columns_of(count: int, start: int = 0) -> dict[str, list]:
+    numbers = range(start, start + count)
+    return {"url": [f"http://host.example/{n}.jpg" for n in numbers], "caption": [f"number {n}" for n in numbers]}
+
+
+def write(path: Path, columns: dict[str, list]) -> Path:
+    """A table in the form that its name says."""
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if path.suffix == ".parquet":
+        return parquet(path, columns, rows_per_group=7)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".tsv":
+        path.write_text(
+            "".join("\t".join(map(str, row)) + "\n" for row in [list(columns), *(r.values() for r in rows)])
+        )
+    else:
+        path.write_text(
+            "".join(",".join(map(str, row)) + "\r\n" for row in [list(columns), *(r.values() for r in rows)])
+        )
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".jsonl"])
+def test_units_cut_any_table_anywhere_and_cover_every_row_once(make: Make, tmp_path: Path, suffix: str) -> None:
+    sizes = (23, 1, 0, 40)
+    for number, size in enumerate(sizes):
+        write(tmp_path / f"{number}{suffix}", columns_of(size, number * 100))
+    source = make(tmp_path)
+    assert source.total() == 64
+    for shard_size in (1, 7, 24, 1000):
+        units = list(source.units(shard_size))
+        assert [unit.index for unit in units] == list(range(len(units)))
+        counts = [sum(part.cut.stop - part.cut.start for part in unit.items) for unit in units]
+        assert counts[:-1] == [shard_size] * (len(units) - 1) and sum(counts) == 64
+        rows = [
+            row["caption"]
+            for unit in units
+            for part in unit.items
+            for row in Table(part.address).rows(part.cut)
+            if isinstance(row, dict)
+        ]
+        assert rows == [f"number {number * 100 + row}" for number, size in enumerate(sizes) for row in range(size)]
+    for limit in (0, 1, 23, 24, 63, 64, 500):
+        units = list(source.units(10, limit))
+        assert sum(part.cut.stop - part.cut.start for unit in units for part in unit.items) == min(limit, 64)
+
+
+def test_csv_fields_may_hold_line_breaks_quotes_and_commas(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfurl,caption\r\nu1,"two\r\nlines, and ""quotes"""\r\n\r\nu2,plain\r\nu3\r\nu4,caf\xe9\r\n'
+    )
+    table = Table(str(path))
+    cuts = list(table.cuts(1, 1))
+    assert [(cut.start, cut.stop) for cut in cuts] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    rows = [row for cut in cuts for row in table.rows(cut)]
+    assert rows[0] == {"url": "u1", "caption": 'two\r\nlines, and "quotes"'}
+    assert rows[1] == {"url": "u2", "caption": "plain"}
+    assert isinstance(rows[2], str) and "1 fields" in rows[2]
+    assert isinstance(rows[3], dict) and rows[3]["url"] == "u4"
+    assert rows == list(table.rows(Cut(0, 4, cuts[0].offset)))
+
+
+def test_tsv_quotes_are_ordinary_and_a_header_can_be_given(make: Make, web: Web, tmp_path: Path) -> None:
+    path = tmp_path / "cc12m.tsv"
+    path.write_text(f'{web.address}/ok/1.jpg\ta 5" pipe\n{web.address}/ok/2.jpg\t"half quoted\n')
+    outputs = everything(make(path, header=["url", "caption"]))
+    assert [output.caption for output in outputs if isinstance(output, RawSample)] == ['a 5" pipe', '"half quoted']
+
+
+def test_broken_lines_of_jsonl_are_failures_of_their_own(make: Make, web: Web, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"url": f"{web.address}/ok/1.jpg", "caption": "c"})
+    path.write_text(f'{good}\n{{"url": \n\n[1, 2]\n{{"caption": "no url"}}\n{good}\n')
+    assert [outcome(output) for output in everything(make(path, distinct=[]))] == [
+        "ok",
+        "bad_row",
+        "bad_row",
+        "bad_row",
+        "ok",
+    ]
+
+
+def test_a_table_of_nothing_but_broken_lines_gives_as_many_failures(make: Make, web: Web, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n" * 3)
+    (tmp_path / "b.jsonl").touch()
+    outputs = everything(make(tmp_path, filters={"min_aesthetic": 5.0}))
+    assert [outcome(output) for output in outputs] == ["bad_row"] * 3
+
+
+def test_columns_keep_their_values_in_a_form_that_json_can_hold(make: Make, web: Web, tmp_path: Path) -> None:
+    when = datetime.datetime(2024, 5, 6, 7, 8, 9)
+    table = parquet(
+        tmp_path / "a.parquet",
+        {
+            "image_url": [f"{web.address}/ok/1.jpg"],
+            "alt_text": ["c"],
+            "score": [float("nan")],
+            "similarity": [0.25],
+            "hash": [-(1 << 62)],
+            "when": [when],
+            "raw": [b"\x00\xff"],
+            "boxes": [[[0.5, float("inf")]]],
+            "nested": [{"a": None, "b": "ü"}],
+            "download": ["hidden"],
+        },
+    )
+    (sample,) = everything(make(table))
+    assert isinstance(sample, RawSample)
+    assert sample.meta["url"] == sample.meta["image_url"]
+    assert sample.meta["score"] is None and sample.meta["similarity"] == 0.25 and sample.meta["hash"] == -(1 << 62)
+    assert sample.meta["when"] == when.isoformat() and sample.meta["raw"] == "00ff"
+    assert sample.meta["boxes"] == [[0.5, None]] and sample.meta["nested"] == {"a": None, "b": "ü"}
+    assert sample.meta["download_of_table"] == "hidden" and sample.meta["download"]["status"] == 200
+    assert json.loads(json.dumps(sample.meta, allow_nan=False)) == sample.meta
+    assert plain("\ud800") == "?"
+
+
+def test_globs_braces_folders_and_object_stores_are_found(make: Make, tmp_path: Path) -> None:
+    for name in ("part-00.parquet", "part-01.parquet", "part-02.parquet", "other.csv", "_SUCCESS", "notes.txt"):
+        write(tmp_path / name, columns_of(2)) if name.endswith(("parquet", "csv")) else (tmp_path / name).touch()
+
+    def names(*tables: str) -> list[str]:
+        return [Path(table.address).name for table in make([f"{tmp_path}/{table}" for table in tables])._tables]
+
+    parts = [f"part-0{number}.parquet" for number in range(3)]
+    assert names("*.parquet") == names("part-{00..02}.parquet") == parts
+    assert names("") == ["other.csv", *parts]
+    assert names("part-02.parquet", "other.csv") == ["part-02.parquet", "other.csv"]
+    (found,) = make(f"file://{tmp_path}/other*.csv")._tables
+    assert found.address.startswith("file://") and found.count() == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "settings", "words"),
+    [
+        ("none.parquet", None, {}, "there is no table"),
+        ("none*.parquet", None, {}, "no table fits"),
+        ("a.txt", None, {}, "not a table"),
+        ("a.parquet", {"link": ["u"], "caption": ["c"]}, {}, "url_column"),
+        ("a.parquet", {"url": ["u"], "words": ["c"]}, {}, "caption_column"),
+        ("a.parquet", {"url": ["u"], "caption": ["c"]}, {"url_column": "link"}, "no column 'link'"),
+        ("a.parquet", {"url": ["u"], "caption": ["c"]}, {"filters": {"min_aesthetic": 5.0}}, "aesthetic"),
+        ("a.parquet", {"url": ["u"], "caption": ["c"]}, {"filters": {"typo": 5.0}}, "typo"),
+        ("a.parquet", {"url": ["u"], "caption": ["c"]}, {"sha256_column": "digest"}, "no column 'digest'"),
+    ],
+)
+def test_what_is_wrong_with_the_settings_is_told_before_any_work(
+    make: Make, tmp_path: Path, name: str, columns: dict[str, list] | None, settings: dict, words: str
+) -> None:
+    if columns:
+        parquet(tmp_path / name, columns)
+    with pytest.raises(UserError, match=words):
+        list(make(tmp_path / name, **settings).units(10))
+
+
+def test_captions_can_be_done_without(make: Make, web: Web, tmp_path: Path) -> None:
+    table = parquet(tmp_path / "a.parquet", {"url": [f"{web.address}/ok/1.jpg"]})
+    (sample,) = everything(make(table, caption_column=""))
+    assert isinstance(sample, RawSample) and sample.caption == ""
+
+
+def test_a_damaged_part_of_a_table_fails_its_rows_and_no_others(make: Make, web: Web, tmp_path: Path) -> None:
+    urls = [f"{web.address}/ok/{number}.jpg" for number in range(30)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"url": urls, "caption": ["c"] * 30}),
+        path,
+        row_group_size=10,
+        compression="zstd",
+        use_dictionary=False,
+    )
+    group = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[group.data_page_offset : group.data_page_offset + group.total_compressed_size] = bytes(
+        group.total_compressed_size
+    )
+    path.write_bytes(data)
+    outputs = everything(make(path, distinct=[]), shard_size=10)
+    assert [output.key for output in outputs] == [f"00000-{number:09d}" for number in range(30)]
+    assert [outcome(output) for output in outputs] == ["ok"] * 10 + ["table_unreadable"] * 10 + ["ok"] * 10
+
+
+def test_the_description_tells_tables_and_filters_apart(make: Make, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", columns_of(5))
+    before = make(path).describe()
+    assert before == make(path).describe() and json.dumps(before)
+    assert make(path, filters={"min_caption": 2}).describe() != before
+    assert make(path, download={"retries": 9}).describe() == before
+    write(path, {name: values[::-1] for name, values in columns_of(5).items()})
+    assert make(path).describe() != before
+
+
+def test_a_source_and_its_units_travel_to_workers(make: Make, web: Web, tmp_path: Path) -> None:
+    source = make(parquet(tmp_path / "a.parquet", {"url": [f"{web.address}/ok/1.jpg"] * 2, "caption": ["a", "b"]}))
+    everything(source)  # opens connections, which must stay behind
+    copy, units = pickle.loads(pickle.dumps((source, list(source.units(10)))))
+    assert [outcome(output) for output in copy.read(units[0])] == ["ok", "duplicate_url"]
+    copy.close()
+    assert len(pickle.dumps(next(make(write(tmp_path / "b.parquet", columns_of(5000))).units(1000)))) < 1000
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_failed_rows_can_be_read_again_by_their_keys(make: Make, web: Web, tmp_path: Path, suffix: str) -> None:
+    for number in range(2):
+        urls = [f"{web.address}/ok/{number * 50 + row}.jpg" for row in range(50)]
+        write(tmp_path / f"{number}{suffix}", {"url": urls, "caption": [f"{number} {row}" for row in range(50)]})
+    source = make(tmp_path)
+    keys = ["00001-000000049", "00000-000000003", "00000-000000041", "00001-000000000", "00000-000000007"]
+    units = list(source.again(keys, 2, first_index=17))
+    assert [unit.index for unit in units] == [17, 18, 19]
+    outputs = [output for unit in units for output in source.read(unit)]
+    assert [output.key for output in outputs] == sorted(keys)
+    assert [output.caption for output in outputs if isinstance(output, RawSample)] == [
+        "0 3",
+        "0 7",
+        "0 41",
+        "1 0",
+        "1 49",
+    ]
+    for wrong in ("00002-000000000", "00000-000000050", "nonsense"):
+        with pytest.raises(UsageError):
+            list(source.again([wrong], 2, 0))
