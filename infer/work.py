@@ -187,7 +187,9 @@ def paint_all(
             yield from painter.paint(part)
         return
     on_gpu = (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
         actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=3, max_task_retries=3)(Painter)
         painters = [actor.remote(request, None if on_gpu else 1) for _ in range(min(workers, len(batches)))]
@@ -195,7 +197,8 @@ def paint_all(
     except RayTaskError as error:
         raise UserError(str(error.cause)) from error
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
 def _in_order(painters: list[Any], batches: list[Sequence[Job]]) -> Iterator[Painted]:

@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -133,7 +138,7 @@ def test_generated_shards_are_a_dataset_that_verify_accepts(models, tmp_path):
     dataset = Dataset.open(str(out))
     assert dataset.complete and [mark["counts"]["ok"] for mark in dataset.marks()] == [4, 2]
     read = [stored for shard in dataset.shard_names() for stored in dataset.samples(shard)]
-    assert [stored.key for stored in read] == list(dataset.keys())
+    assert sorted(stored.key for stored in read) == sorted(dataset.keys())
     assert all(list(stored.maps()) == list(INTRINSICS) and stored.caption.startswith("a ") for stored in read)
     verify = [sys.executable, "-m", "shards", "verify", str(out)]
     result = subprocess.run(verify, capture_output=True, text=True)
@@ -148,22 +153,67 @@ def test_generated_shards_are_a_dataset_that_verify_accepts(models, tmp_path):
         sample(models, out, *arguments, "--shard-size", "3")
 
 
-def test_ray_workers_write_the_same_files_as_one_process(models, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        arguments = ["--prompt", "a cube", "--prompt", "a ball", "--num", "2"]
-        sample(models, tmp_path / "one", *arguments)
-    finally:
+@pytest.fixture(scope="module")
+def ray_alone():
+    """Ray without reports to anyone, and one thread a worker, as this process then has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled"), ("OMP_NUM_THREADS", "1")):
+            patch.setenv(name, value)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
         torch.set_num_threads(threads)
-    sample(models, tmp_path / "two", *arguments, "--workers", "2")
+
+
+def painters() -> list[int]:
+    """The processes of our Ray workers that have a job: descendants of this process."""
+    parents, named = {}, []
+    for entry in Path("/proc").iterdir():
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if (entry / "cmdline").read_bytes().startswith(b"ray::Painter"):
+                named.append(int(entry.name))
+        except (ValueError, OSError):
+            continue
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and pid > 1 and ours(parents[pid]))
+
+    return [pid for pid in named if ours(pid)]
+
+
+def test_ray_workers_make_the_same_files_as_one_process_even_when_one_is_killed(models, tmp_path, ray_alone):
+    arguments = ["--prompt", "a cube", "--prompt", "a ball", "--num", "6"]
+    sample(models, tmp_path / "one", *arguments)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed and not finished.is_set():
+            if len(list((tmp_path / "two").glob("*.json"))) >= 2:
+                for pid in painters()[:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            finished.wait(0.02)
+
+    finished = threading.Event()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        sample(models, tmp_path / "two", *arguments, "--workers", "2")
+    finally:
+        finished.set()
+        killer.join()
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("one", "two"))
-    assert one == two and len(one) == 4 * len(ALL)
+    assert killed and one == two and len(one) == 12 * len(ALL)
+
+
+def test_what_is_wrong_in_a_ray_worker_is_a_sentence_too(models, tmp_path, ray_alone):
+    arguments = ["--prompt", "x", "--num", "2", "--workers", "2", "--image", "/nowhere.png"]
+    with pytest.raises(UserError, match="cannot read the picture") as caught:
+        sample(models, tmp_path, *arguments)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,16 @@ def test_half_precision_gives_the_stock_pipelines_image_when_off(name, dtype):
     assert pipeline.vae.dtype == generator.vae.dtype == dtype  # upcasting for a decode is for that decode only
 
 
+@pytest.mark.parametrize("name", ["sd15", "pixart_alpha"])
+def test_the_users_attention_backend_is_used_and_gives_the_same(name):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    expected = loaded(name)(PROMPT, schedule="joint", **SMALL)
+    with sdpa_kernel(SDPBackend.MATH):
+        made = loaded(name)(PROMPT, schedule="joint", **SMALL)
+    torch.testing.assert_close(made.latents, expected.latents, rtol=1e-3, atol=1e-3)
+
+
 def test_sequential_offload_after_loading_gives_the_same_image():
     from accelerate import cpu_offload
 
