@@ -35,7 +35,7 @@ def camera_for(radius: float, rng: np.random.Generator, *, wild: bool) -> Camera
     focal = 0.5 / np.tan(fov / 2)
     distance = radius * (1 + 1.9 * focal) * float(rng.uniform(0.6, 1.2) if wild else rng.uniform(0.85, 1.0))
     aim = float(rng.uniform(0.15, 0.45))
-    position = (0.0, aim + distance * float(np.sin(above)), distance * float(np.cos(above)))
+    position = (0.0, float(aim + distance * np.sin(above)), float(distance * np.cos(above)))
     tilt, roll = (rng.uniform(-6, 6), rng.uniform(-12, 12)) if wild else (rng.uniform(-1, 2), 0.0)
     return Camera(
         position=position, pitch=float(above + np.radians(tilt)), roll=float(np.radians(roll)), focal=float(focal)

@@ -8,6 +8,8 @@ from extract.world.textures import sample
 from extract.world.tracing import Hits, Rays, View, shadows
 
 _SUN_GLOW = 350.0
+_CLEAR_M = 1e4
+"""Haze thinner than this is left out."""
 _SMALL_M = 0.05
 """Bodies smaller than this darken nothing near them."""
 
@@ -55,7 +57,8 @@ def sky_colour(backdrop: Backdrop, direction: np.ndarray, scene: Scene) -> np.nd
     """Linear RGB (3, N) of the sky in directions (3, N), with clouds and the suns' glow."""
     ray = unit(direction)
     up = np.clip(ray[1], 0, 1)
-    rgb = _mix(_column(backdrop.horizon), _column(backdrop.zenith), 1 - (1 - up) ** 4)
+    low = (1 - up) * (1 - up)
+    rgb = _mix(_column(backdrop.zenith), _column(backdrop.horizon), low * low)
     if backdrop.clouds > 0:
         dome = 0.16 / (up + 0.12)
         uv = np.stack([ray[0] * dome + backdrop.cloud_shift[0], ray[2] * dome + backdrop.cloud_shift[1]])
@@ -104,8 +107,9 @@ def _surfaces(scene: Scene, view: View, hits: Hits, pixel: float, seed: int | No
     rgb = albedo * received
     for part, surface in _shining(scene, hits):
         rgb[:, part] = _polish(scene, hits, part, surface, albedo, rgb, highlights, towards_eye, facing_eye, open_sky)
-    haze = 1 - np.exp(-hits.depth / np.float32(backdrop.haze_m))
-    return _mix(rgb, _column(backdrop.horizon), haze), hidden
+    if backdrop.haze_m < _CLEAR_M:
+        rgb = _mix(rgb, _column(backdrop.horizon), 1 - np.exp(-hits.depth / np.float32(backdrop.haze_m)))
+    return rgb, hidden
 
 
 def _polish(

@@ -172,24 +172,21 @@ def shadows(scene: Scene, light: Light, hits: Hits, facing: np.ndarray, jitter: 
     facing: bool (M,), the hits worth asking for. jitter: float32 (3, M) moves the light per hit (for soft edges).
     """
     dark = np.zeros(len(hits.order), bool)
+    axes, room = _light_axes(light), 0.0 if jitter is None else light.size
+    casters = [(k, body) for k, body in enumerate(scene.primitives) if body.kind != "plane"]
+    bounds = [_bounds_from_light(light, axes, body, room) for _, body in casters]
     asked = np.flatnonzero(facing)
-    if not len(asked):
+    if not casters or not len(asked):
         return dark
+    x, y = _from_light(light, axes, hits.point[:, asked])
+    inside = _inside(x, y, np.array(bounds).T)
+    asked, x, y = asked[inside], x[inside], y[inside]
     body_of, point = hits.bodies()[asked], hits.point[:, asked]
     target = np.array(light.point, np.float32)[:, None]
-    axes = _light_axes(light)
-    x, y = _from_light(light, axes, point)
     if jitter is not None:
         target = target + jitter[:, asked]
-    for k, body in enumerate(scene.primitives):
-        if body.kind == "plane":
-            continue
-        bounds = _bounds_from_light(light, axes, body, 0.0 if jitter is None else light.size)
-        near = body_of != k
-        if bounds is not None:
-            left, low, right, high = bounds
-            near &= (x >= left) & (x <= right) & (y >= low) & (y <= high)
-        index = np.flatnonzero(near)
+    for (k, body), (left, low, right, high) in zip(casters, bounds, strict=True):
+        index = np.flatnonzero((x >= left) & (x <= right) & (y >= low) & (y <= high) & (body_of != k))
         if not len(index):
             continue
         o = body.to_body @ (point[:, index] - body.middle)
@@ -199,6 +196,12 @@ def shadows(scene: Scene, light: Light, hits: Hits, facing: np.ndarray, jitter: 
             hit = (t_in <= t_out) & (t_out > 1e-4) & (t_in < (np.inf if light.sun else 1))
         dark[asked[index[hit]]] = True
     return dark
+
+
+def _inside(x: np.ndarray, y: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """bool (N,): places in the box round several boxes. bounds: (4, K), rows left, low, right, high."""
+    left, low, right, high = bounds[0].min(), bounds[1].min(), bounds[2].max(), bounds[3].max()
+    return (x >= np.float32(left)) & (x <= np.float32(right)) & (y >= np.float32(low)) & (y <= np.float32(high))
 
 
 _LAMP_CLEARANCE_M = 0.05
@@ -214,24 +217,27 @@ def _light_axes(light: Light) -> np.ndarray:
 def _from_light(light: Light, axes: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where points (3, N) are in a picture taken by the light: along a sun's rays, or straight down from a lamp.
 
-    What hides the light from a point is at the same place of that picture. Points above a lamp are at infinity: no body
-    that is wholly below the lamp hides it from them.
+    What hides the light from a point is at the same place of that picture. Points above a lamp are infinitely far to the
+    side: no body that is wholly below the lamp hides it from them.
     """
     at = np.array(light.point, np.float32)
     if light.sun:
         x, y = axes @ point
         return x, y
     below = at[1] - point[1]
-    scale = 1 / np.where(below > 1e-3, below, np.float32(np.nan))
-    return (point[0] - at[0]) * scale, (point[2] - at[2]) * scale
+    scale = 1 / np.where(below > 1e-3, below, np.float32(1))
+    return np.where(below > 1e-3, (point[0] - at[0]) * scale, np.float32(np.inf)), (point[2] - at[2]) * scale
 
 
 def _bounds_from_light(
     light: Light, axes: np.ndarray, body: Primitive, size: float
-) -> tuple[float, float, float, float] | None:
-    """(left, low, right, high) of a body in the light's picture, with room for a light of some size; None for all of it."""
+) -> tuple[float, float, float, float]:
+    """(left, low, right, high) of a body in the light's picture, with room for a light of some size.
+
+    Everything, if the body is not wholly below a lamp.
+    """
     if not light.sun and light.point[1] - body.box[1].max() < _LAMP_CLEARANCE_M:
-        return None
+        return -np.inf, -np.inf, np.inf, np.inf
     x, y = _from_light(light, axes, body.box)
     room = size * (6.0 if light.sun else 3.0)
     return float(x.min()) - room, float(y.min()) - room, float(x.max()) + room, float(y.max()) + room
