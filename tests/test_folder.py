@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extract.images import ImageRules
 from extract.sources import Failure, RawSample
 from extract.sources.folder import FolderSource, key_of
 from extract.sources.table import open_source, resolve, settings_of
+from shards.config import load_config
 from shards.errors import UsageError
 from shards.sample import KEY
 from tests.hostile import encoded, photo
@@ -347,3 +351,14 @@ def test_sources_are_opened_by_kind_with_checked_settings(tmp_path: Path) -> Non
     for wrong in ({"kind": "fold"}, {}, {"kind": "folder"}, {"kind": "folder", "path": "x", "capshuns": "none"}):
         with pytest.raises(UsageError):
             open_source(wrong)
+
+
+def test_the_recipe_in_the_documentation_names_settings_that_exist(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "sources.md").read_text(encoding="utf-8")
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    everything = re.sub(r"^# (\w+ = )", r"\1", example, flags=re.MULTILINE)  # what is commented out, too
+    for text in (example, everything):
+        tables = tomllib.loads(text)
+        source, rules = open_source(tables["source"]), load_config(ImageRules, tables["image"])
+        assert rules == ImageRules() and isinstance(source, FolderSource)
+        assert (source.max_bytes, source.max_caption_bytes) == (FolderSource("x").max_bytes, 64 << 10)
