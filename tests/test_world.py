@@ -1,6 +1,7 @@
 """The demo world: exact maps, captions that are true of the picture, and the same scene at any size."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -12,7 +13,7 @@ from extract.world import Rendering, Scene, compose, contact_sheet, render
 from extract.world import captions as grammar
 from extract.world.primitives import FACES, KINDS, describe_hits, intersect
 from extract.world.textures import TEXTURES, sample
-from extract.world.tracing import View, _inside, crossings, nearest, shadows, trace
+from extract.world.tracing import EVERYWHERE, View, _inside, nearest, shadows, trace
 from extract.world.vocabulary import (
     COLOURS,
     FLOORS,
@@ -462,10 +463,10 @@ def test_a_contact_sheet_shows_each_rendering_beside_its_maps(pictures: list[tup
     assert np.array_equal(sheet[:96, :96], pictures[0][1].image)
 
 
-def test_the_view_of_a_body_behind_the_camera_is_unbounded() -> None:
+def test_bodies_beside_the_camera_are_not_culled() -> None:
     scene = compose(0, 0)
     view = View.of(scene, 32, 32)
-    floor = scene.primitives[0]
-    assert view.bounds(floor) is None
-    index, depth = crossings(floor, view, view.grid())
-    assert len(index) == len(depth) > 0
+    body = next(body for body in scene.primitives if body.kind == "box")
+    beside = replace(body, centre=view.position + view.rotation @ [0.2, 0, 0], scale=np.ones(3))
+    assert view.bounds([scene.primitives[0], beside, body])[:2] == [EVERYWHERE, EVERYWHERE]
+    assert np.isfinite(view.bounds([body])).all()

@@ -236,8 +236,8 @@ def _look(setting: Setting, placed: list[_Placed], camera: Camera, bar: _Bar) ->
 
     def depths(bodies: tuple[Primitive, ...]) -> np.ndarray:
         depth = np.full(_LOOK_PX * _LOOK_PX, np.inf, np.float32)
-        for body in bodies:
-            at, t = crossings(body, view, rays)
+        for body, bounds in zip(bodies, view.bounds(bodies) if bodies else [], strict=True):
+            at, t = crossings(body, view, rays, bounds)
             depth[at] = np.minimum(depth[at], t)
         return depth
 
@@ -268,10 +268,9 @@ def _worth(seen: np.ndarray, depth: np.ndarray, bar: _Bar) -> float:
 
 def _framed(view: View, placed: _Placed) -> float:
     """Share of a thing's bounding box that is inside the square picture."""
-    boxes = [view.bounds(body) for body in placed.bodies]
-    if any(box is None for box in boxes):
+    b = np.array(view.bounds(placed.bodies))
+    if not np.isfinite(b).all():
         return 0.0
-    b = np.array(boxes, float)
     left, top, right, bottom = b[:, 0].min(), b[:, 1].min(), b[:, 2].max(), b[:, 3].max()
     inside = np.diff(np.clip([left, right], 0, view.width)) * np.diff(np.clip([top, bottom], 0, view.height))
     return float(inside[0] / max((right - left) * (bottom - top), 1e-6))

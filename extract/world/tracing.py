@@ -1,5 +1,6 @@
 """From a scene and pixel positions to what is seen there, and which of it lies in the shadow of which light."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from extract.world.scene import Light, Primitive, Scene
 FLOOR_FAR_M = 100.0
 """Depth at which the floor ends and the sky begins: close enough to the horizon, yet finite."""
 _NEAR_M = 0.05
+Bounds = tuple[float, float, float, float]
+EVERYWHERE: Bounds = (-np.inf, -np.inf, np.inf, np.inf)
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,26 @@ class View:
         safe = np.where(np.abs(z) < 1e-6, 1e-6, z)
         return self.width / 2 + self.focal_px * p[0] / safe, self.height / 2 - self.focal_px * p[1] / safe, z
 
-    def bounds(self, body: Primitive) -> tuple[float, float, float, float] | None:
-        """(left, top, right, bottom) in pixels that hold the body; None if it can be anywhere."""
-        if body.kind == "plane":
-            return None
-        x, y, z = self.project(body.box)
-        if z.min() < _NEAR_M:
-            return None
-        return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+    def bounds(self, bodies: Sequence[Primitive]) -> list[Bounds]:
+        """(left, top, right, bottom) in pixels that hold each body; everything, for planes and what is beside the camera."""
+        x, y, z = (a.reshape(-1, 8) for a in self.project(_boxes(bodies)))
+        limits = np.stack([x.min(axis=1), y.min(axis=1), x.max(axis=1), y.max(axis=1)], axis=1)
+        unbounded = z.min(axis=1) < _NEAR_M
+        unbounded |= [body.kind == "plane" for body in bodies]
+        limits[unbounded] = EVERYWHERE
+        return [tuple(row) for row in limits.tolist()]
 
 
-def _within(rays: Rays, bounds: tuple[float, float, float, float] | None) -> np.ndarray:
+def _boxes(bodies: Sequence[Primitive]) -> np.ndarray:
+    """(3, 8 K) float32: the corners of the bodies' boxes."""
+    return np.concatenate([body.box for body in bodies], axis=1)
+
+
+def _within(rays: Rays, bounds: Bounds) -> np.ndarray:
     """Indices of the rays inside the bounds."""
-    if bounds is None:
-        return np.arange(len(rays.x))
     left, top, right, bottom = bounds
+    if bounds == EVERYWHERE:
+        return np.arange(len(rays.x))
     if rays.grid is not None:
         height, width = rays.grid
         x0, x1 = max(int(left - 0.5), 0), min(int(right + 1), width)
@@ -88,9 +96,9 @@ def _within(rays: Rays, bounds: tuple[float, float, float, float] | None) -> np.
     return np.flatnonzero((rays.x >= left) & (rays.x <= right) & (rays.y >= top) & (rays.y <= bottom))
 
 
-def crossings(body: Primitive, view: View, rays: Rays) -> tuple[np.ndarray, np.ndarray]:
-    """(indices of rays that hit the body, their z-depths in metres)."""
-    index = _within(rays, view.bounds(body))
+def crossings(body: Primitive, view: View, rays: Rays, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of rays that hit the body, their z-depths in metres); rays outside the bounds are not asked."""
+    index = _within(rays, bounds)
     if not len(index):
         return index, np.empty(0, np.float32)
     o = body.to_body @ (view.position[:, None] - body.middle)
@@ -106,8 +114,8 @@ def nearest(scene: Scene, view: View, rays: Rays) -> tuple[np.ndarray, np.ndarra
     """(z-depth float32 (N,), +inf for sky; index of the primitive int16 (N,), -1 for sky)."""
     depth = np.full(len(rays.x), np.inf, np.float32)
     body_of = np.full(len(rays.x), -1, np.int16)
-    for k, body in enumerate(scene.primitives):
-        index, t = crossings(body, view, rays)
+    for k, (body, bounds) in enumerate(zip(scene.primitives, view.bounds(scene.primitives), strict=True)):
+        index, t = crossings(body, view, rays, bounds)
         closer = t < depth[index]
         index = index[closer]
         depth[index] = t[closer]
@@ -174,10 +182,10 @@ def shadows(scene: Scene, light: Light, hits: Hits, facing: np.ndarray, jitter: 
     dark = np.zeros(len(hits.order), bool)
     axes, room = _light_axes(light), 0.0 if jitter is None else light.size
     casters = [(k, body) for k, body in enumerate(scene.primitives) if body.kind != "plane"]
-    bounds = [_bounds_from_light(light, axes, body, room) for _, body in casters]
     asked = np.flatnonzero(facing)
     if not casters or not len(asked):
         return dark
+    bounds = _bounds_from_light(light, axes, [body for _, body in casters], room)
     x, y = _from_light(light, axes, hits.point[:, asked])
     inside = _inside(x, y, np.array(bounds).T)
     asked, x, y = asked[inside], x[inside], y[inside]
@@ -229,15 +237,15 @@ def _from_light(light: Light, axes: np.ndarray, point: np.ndarray) -> tuple[np.n
     return np.where(below > 1e-3, (point[0] - at[0]) * scale, np.float32(np.inf)), (point[2] - at[2]) * scale
 
 
-def _bounds_from_light(
-    light: Light, axes: np.ndarray, body: Primitive, size: float
-) -> tuple[float, float, float, float]:
-    """(left, low, right, high) of a body in the light's picture, with room for a light of some size.
+def _bounds_from_light(light: Light, axes: np.ndarray, bodies: Sequence[Primitive], size: float) -> list[Bounds]:
+    """(left, low, right, high) of each body in the light's picture, with room for a light of some size.
 
-    Everything, if the body is not wholly below a lamp.
+    Everything, for bodies that are not wholly below a lamp.
     """
-    if not light.sun and light.point[1] - body.box[1].max() < _LAMP_CLEARANCE_M:
-        return -np.inf, -np.inf, np.inf, np.inf
-    x, y = _from_light(light, axes, body.box)
+    boxes = _boxes(bodies)
+    x, y = (a.reshape(-1, 8) for a in _from_light(light, axes, boxes))
     room = size * (6.0 if light.sun else 3.0)
-    return float(x.min()) - room, float(y.min()) - room, float(x.max()) + room, float(y.max()) + room
+    limits = np.stack([x.min(axis=1) - room, y.min(axis=1) - room, x.max(axis=1) + room, y.max(axis=1) + room], axis=1)
+    if not light.sun:
+        limits[light.point[1] - boxes[1].reshape(-1, 8).max(axis=1) < _LAMP_CLEARANCE_M] = EVERYWHERE
+    return [tuple(row) for row in limits.tolist()]
