@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from shards.display import sheet
 
 from infer.denoiser import Share
 from infer.result import Generated
 from infer.run_folder import Manifest
+from infer.sheet import sheet
 from shards.errors import UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 from shards.marks import digest

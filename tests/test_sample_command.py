@@ -69,6 +69,8 @@ def test_every_image_has_picture_maps_sheet_and_all_that_repeats_it(models, tmp_
         stored = Sample(key, {name: (out / f"{key}.{name}").read_bytes() for name in ALL})
         assert list(stored.maps()) == list(INTRINSICS)
         assert stored.image().shape == (64, 64, 3)
+        shown = np.asarray(Image.open(out / f"{key}.sheet.png"))
+        assert shown.shape == (64, 5 * 64, 3) and np.array_equal(shown[:, :64], stored.image())
         assert stored.meta["intrinsics"]["depth"]["by"].startswith("ildm@")
     about = json.loads((out / f"{made[0]}.json").read_text())
     assert about["prompt"] == "a red cube" and about["seed"] == 5
