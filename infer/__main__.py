@@ -19,6 +19,9 @@ app = new_app(
 )
 
 
+DEMO_PROMPT = "a red sphere left of a blue cube on a wooden floor"
+
+
 @app.command()
 def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
@@ -99,7 +102,10 @@ def sample(
         dtype=dtype,
         other_weights=other_weights,
     )
-    asked = _prompts(prompt, prompts, optional=image is not None or given is not None)
+    default = [""] if image is not None or given is not None else [DEMO_PROMPT] if base == "demo" else []
+    asked = _prompts(prompt, prompts) or default
+    if not asked:
+        raise UsageError('there is nothing to draw; pass --prompt "TEXT" or --prompts FILE')
     resolve(base, "base")
     manifest = load_manifest(resolve(run_, "run"))
     jobs = jobs_for(request, maker(manifest)["id"], asked, range(seed, seed + num))
@@ -171,17 +177,15 @@ def schedule(
         plot_schedules({name: chosen}, maps[stages].stages, plot)
 
 
-def _prompts(given: list[str] | None, file: Path | None, optional: bool) -> list[str]:
-    """The prompts of the command line and of the file; [""] where a picture or maps are given instead."""
-    found = list(given or [])
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line and of the file, without blank ones."""
+    lines = list(given or [])
     if file is not None:
         try:
-            found += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines += file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the prompts in {file}: {error}") from error
-    if not found and not optional:
-        raise UsageError('there is nothing to draw; pass --prompt "TEXT" or --prompts FILE')
-    return found or [""]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
