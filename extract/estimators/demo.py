@@ -75,14 +75,13 @@ class DemoEstimator:
 def _maps(raw: np.ndarray, size: tuple[int, int]) -> dict[str, IntrinsicMap]:
     """The four maps of one image (H, W) = size from the network's channels (7, h, w)."""
     height, width = size
-    log_depth, sky, boundary, line = (_resize(channel, size) for channel in raw[:4])
-    boundary_small = 1 / (1 + np.exp(-raw[2]))
+    log_depth, sky, line = (_resize(raw[channel], size) for channel in (0, 1, 3))
     far = sky > 0
     z = np.exp(np.clip(log_depth, np.log(DEPTH_NEAR_M), np.log(DEPTH_FAR_M))).astype(np.float32)
     n = _resize(np.moveaxis(raw[4:7], 0, 2), size)
     n /= np.maximum(np.linalg.norm(n, axis=2, keepdims=True), 1e-6)
     n[far | (np.linalg.norm(n, axis=2) < 0.5)] = np.nan
-    ids = segments(boundary_small, size)
+    ids = segments(1 / (1 + np.exp(-raw[2])), size)
     focal = {"focal_px": ASSUMED_FOCAL * max(height, width), "focal_from": "assumed"}
     return {
         "depth": IntrinsicMap(np.where(far, np.float32(np.inf), z), {"kind": "metric", **focal}),

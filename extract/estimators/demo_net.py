@@ -7,6 +7,7 @@ config.json and model.safetensors.
 import dataclasses
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shards.config import load_config
 from shards.errors import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -67,10 +69,10 @@ class DemoNet(nn.Module):
         self.config = config
         widths = config.widths
         self.stem = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.encode = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(config.blocks))) for w in widths)
         self.scene = nn.Linear(widths[-1], widths[-1])  # what the whole image says, added everywhere
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.decode = nn.ModuleList(Block(w) for w in widths[:-1])
         self.full = nn.Conv2d(widths[0] + 3, config.heads, 3, padding=1)
         self.head = nn.Conv2d(config.heads, 7, 3, padding=1)
@@ -104,10 +106,11 @@ def save_demo_net(net: DemoNet, folder: Path) -> None:
 def load_demo_net(folder: Path) -> DemoNet:
     """The network of a checkpoint folder, in float32 on the CPU, ready to predict. Raises UserError naming the file."""
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        net = DemoNet(DemoNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
+        net = DemoNet(load_config(DemoNetConfig, json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
         net.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, UserError) as error:
         message = str(error).splitlines()[0]
-        raise UserError(f"the estimator checkpoint {folder} cannot be loaded: {message}; reinstall the project") from error
+        raise UserError(
+            f"the estimator checkpoint {folder} cannot be loaded: {message}; reinstall the project"
+        ) from error
     return net.float().eval()

@@ -1,0 +1,106 @@
+"""What an extraction is: a recipe's tables [source], [image] and [run], with the command line on top."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from extract.images import ImageRules
+from extract.sources.table import settings_of
+from shards.config import load_config, read_toml
+from shards.errors import UsageError
+from shards.intrinsics import INTRINSICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How the work is done. Of these only `estimators`, `only` and `shard_size` change what comes out.
+
+    only: the intrinsics to make; those that the dataset has already are kept. workers: 0 for one per core (or GPU).
+    threads: for decoding and encoding, in each worker. max_failed: the share of inputs that may fail.
+    window: images that are decoded, estimated and encoded together.
+    """
+
+    estimators: str = "demo"
+    only: tuple[str, ...] = ()
+    limit: int | None = None
+    shard_size: int = 1000
+    workers: int = 0
+    threads: int = 2
+    window: int = 16
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gpus_per_worker: float = 1.0
+    address: str = "local"
+    max_failed: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "threads", "window"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"run.{name} = {getattr(self, name)}; it must be at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"run.limit = {self.limit}; it must be at least 1")
+        if self.workers < 0 or self.gpus_per_worker <= 0:
+            raise UsageError("run.workers must not be negative, and run.gpus_per_worker must be positive")
+        if not 0 <= self.max_failed <= 1:
+            raise UsageError(
+                f"run.max_failed = {self.max_failed}; give a share from 0 to 1, or a percentage such as 10%"
+            )
+        unknown = sorted(set(self.only) - set(INTRINSICS))
+        if unknown:
+            raise UsageError(f"there is no intrinsic {unknown[0]!r}; the intrinsics are {', '.join(INTRINSICS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """A whole extraction. source: the settings of one kind of source (extract.sources.table)."""
+
+    name: str
+    out: str
+    source: dict[str, Any]
+    image: ImageRules = field(default_factory=ImageRules)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the dataset, beside the estimators and the source's content, as JSON."""
+        return {"image": dataclasses.asdict(self.image), "shard_size": self.run.shard_size, "window": self.run.window}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the toolkit."""
+    files = resources.files("extract") / "recipes"
+    return sorted(file.name.removesuffix(".toml") for file in files.iterdir() if file.name.endswith(".toml"))
+
+
+def read_recipe(data: str) -> tuple[str, dict[str, Any]]:
+    """The name and the tables that a DATA argument stands for: a recipe's name, a .toml, or a source itself.
+
+    Raises UsageError, listing the recipes, if it is none of them.
+    """
+    if data in recipe_names():
+        text = (resources.files("extract") / "recipes" / f"{data}.toml").read_text(encoding="utf-8")
+        return data, tomllib.loads(text)
+    if data.endswith(".toml"):
+        return Path(data).stem, read_toml(Path(data))
+    settings = settings_of(data)
+    if settings is None:
+        raise UsageError(
+            f"{data!r} is no recipe ({', '.join(recipe_names())}), no .toml file, and no folder, tar or table that exists"
+        )
+    stem = data.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-") or "data", {"source": settings}
+
+
+def load_extract_config(data: str, out: str | None, options: Mapping[str, Mapping[str, Any]]) -> ExtractConfig:
+    """The configuration of `python -m extract DATA`: the recipe, and `options` by table (None means not given)."""
+    name, recipe = read_recipe(data)
+    unknown = sorted(set(recipe) - {"source", "image", "run"})
+    if unknown:
+        raise UsageError(f"the recipe {data} has a table [{unknown[0]}]; its tables are [source], [image] and [run]")
+    source = dict(recipe.get("source", {})) | dict(options.get("source", {}))
+    tables = {table: content for table, content in recipe.items() if table != "source"}
+    given = {table: content for table, content in options.items() if table != "source"}
+    return load_config(ExtractConfig, {"name": name, "out": out or f"data/{name}", "source": source}, tables, given)

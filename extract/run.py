@@ -1,0 +1,291 @@
+"""The driver of an extraction: plans units, gives them to workers, and closes the dataset when all are committed.
+
+Its memory does not grow with the number of units but for one small number each. Stopped at any instant, the same call
+goes on: units whose shard is committed, and was made with the same settings, are counted and not done again.
+"""
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+from extract.config import ExtractConfig
+from extract.estimators.table import Task, find_set, fingerprint, tasks_of
+from extract.progress import Reporter
+from extract.sources import Source, Unit
+from extract.sources.table import open_source
+from extract.unit import UnitWork
+from extract.worker import Outcome, WorkerSetup
+from shards.dataset import Dataset, write_info
+from shards.errors import TooManyFailures, UserError
+from shards.intrinsics import INTRINSICS
+from shards.marks import DATASET, digest, shard_name
+from shards.sample import member_names
+from shards.storage import Folder
+from shards.writer import read_mark, recover
+
+
+@dataclass
+class Summary:
+    """What a run did. counts are of the whole dataset, `made` and `seconds` of this run only."""
+
+    out: str
+    shards: int = 0
+    samples_in: int = 0
+    ok: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    made: int = 0
+    seconds: float = 0.0
+    stages: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def failed_share(self) -> float:
+        return sum(self.failed.values()) / self.samples_in if self.samples_in else 0.0
+
+
+def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[Task] | None = None) -> Summary:
+    """Extracts, or goes on with an extraction; returns when the dataset is complete.
+
+    source, tasks: instead of those that the configuration names. Raises UserError with a sentence if it cannot finish;
+    TooManyFailures, after finishing, if more inputs failed than run.max_failed allows.
+    """
+    from extract import cluster
+
+    source = source or open_source(config.source)
+    tasks = list(tasks_of(find_set(config.run.estimators), config.run.only) if tasks is None else tasks)
+    folder = Folder(config.out)
+    folder.make()
+    info = _describe(folder, config, source, tasks)
+    device = _device(config.run.device)
+    setup = WorkerSetup(
+        out=config.out,
+        work=UnitWork(
+            source=source,
+            image=config.image,
+            members=tuple(info["members"]),
+            threads=config.run.threads,
+            window=config.run.window,
+        ),
+        tasks=tuple(tasks),
+        device=device,
+        dtype=config.run.dtype,
+    )
+    summary, counts = Summary(config.out), dict[int, int]()
+    begin = time.monotonic()
+    total = _total(source, config.run.limit)
+    with Reporter(total) as reporter, _stoppable():
+        jobs = _open_jobs(folder, source, config, info, summary, counts, reporter)
+        first = next(jobs, None)
+        if first is not None:  # Ray is not even started for a dataset that is complete
+            write_info(folder, info)
+            gpus = config.run.gpus_per_worker if device == "cuda" else 0
+            size = config.run.workers or _cores()
+            with cluster.connected(config.run.address, size):
+                if config.run.address != "local" or gpus:
+                    size = config.run.workers or cluster.cluster_size(1, gpus)
+                pool = cluster.Pool(setup, size, cpus=1, gpus=gpus)
+                _work(pool, first, jobs, summary, counts, reporter)
+    summary.shards = len(counts)
+    summary.seconds = time.monotonic() - begin
+    _close(folder, info, summary, counts)
+    if summary.failed_share > config.run.max_failed:
+        raise TooManyFailures(
+            f"{sum(summary.failed.values())} of {summary.samples_in} inputs failed ({summary.failed_share:.1%}), more than "
+            f"--max-failed {config.run.max_failed:.0%}; the dataset is complete without them: see `python -m shards stats "
+            f"{config.out}`, or allow more"
+        )
+    return summary
+
+
+# ---- what is to be done ----------------------------------------------------------------------------------------------
+
+
+def _describe(folder: Folder, config: ExtractConfig, source: Source, tasks: Sequence[Task]) -> dict[str, Any]:
+    """dataset.json for this run. Raises UserError if the folder holds a dataset of other images."""
+    made = {name: fingerprint(task.row) for task in tasks for name in task.intrinsics}
+    described = {"source": source.describe(), **config.identity()}
+    if folder.exists(DATASET):
+        old = Dataset.open(folder.url).info
+        differing = sorted(key for key in described if described[key] != old["config"].get(key))
+        if differing:
+            names = ", ".join(f"{key} ({_difference(old['config'].get(key), described[key])})" for key in differing)
+            raise UserError(
+                f"{config.out} holds a dataset that was made with other settings: {names}; choose another --out"
+            )
+        made = {**old["estimators"], **made}
+    elif others := [name for name in folder.list() if name.endswith((".tar", ".json"))]:
+        raise UserError(f"{config.out} is not empty and holds no dataset ({others[0]}, ...); choose another --out")
+    made = {name: made[name] for name in INTRINSICS if name in made}
+    return {
+        "recipe": config.name,
+        "config": described,
+        "image": config.image.format,
+        "members": member_names(config.image.format, tuple(made)),
+        "depth_kind": "",
+        "estimators": made,
+        "shards": None,
+        "totals": None,
+    }
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Where two settings differ, for a message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(
+            f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)
+        )
+    return f"was {old!r}, is {new!r}"
+
+
+def _open_jobs(
+    folder: Folder,
+    source: Source,
+    config: ExtractConfig,
+    info: dict[str, Any],
+    summary: Summary,
+    counts: dict[int, int],
+    reporter: Reporter,
+) -> Iterator[Any]:
+    """The jobs that are not done yet, lazily and in order; those that are done are counted."""
+    from extract.cluster import Job
+
+    committed = {name for name in folder.list() if name.endswith(".json")}
+    ids = {name: row["id"] for name, row in info["estimators"].items()}
+    for unit in source.units(config.run.shard_size, config.run.limit):
+        made = {"unit": digest({"items": unit.items}), "estimators": ids}
+        recover(folder, shard_name(unit.index))
+        if f"{shard_name(unit.index)}.json" in committed or folder.exists(f"{shard_name(unit.index)}.json"):
+            mark = read_mark(folder, shard_name(unit.index))
+            if mark["made"] == made:
+                _count(summary, counts, unit, mark["counts"])
+                reporter.advance(mark["counts"]["in"], sum(mark["counts"]["failed"].values()), again=True)
+                continue
+        yield Job(unit, made)
+
+
+def _count(summary: Summary, counts: dict[int, int], unit: Unit, mark_counts: dict[str, Any]) -> None:
+    summary.samples_in += mark_counts["in"]
+    summary.ok += mark_counts["ok"]
+    summary.failed.update(mark_counts["failed"])
+    counts[unit.index] = mark_counts["ok"]
+
+
+# ---- the work --------------------------------------------------------------------------------------------------------
+
+
+def _work(
+    pool: Any, first: Any, jobs: Iterator[Any], summary: Summary, counts: dict[int, int], reporter: Reporter
+) -> None:
+    """Keeps every worker busy until all jobs are done."""
+    from extract.cluster import DEATHS_BEFORE_PROBING, MAX_DEATHS
+
+    waiting = [first]
+    while True:
+        while pool.free:
+            job = waiting.pop() if waiting else next(jobs, None)
+            if job is None:
+                break
+            pool.submit(job)
+        if not pool.busy:
+            return
+        for job, outcome in pool.wait(0.5):
+            if outcome is None:
+                job = replace(job, deaths=job.deaths + 1)
+                reporter.say(f"a worker died with unit {job.unit.index}; its unit is done again")
+                if job.deaths >= MAX_DEATHS:
+                    raise UserError(
+                        f"unit {job.unit.index} lost its worker {job.deaths} times; see the nodes' memory and logs"
+                    )
+                if job.deaths % DEATHS_BEFORE_PROBING == 0 and (skip := pool.killers(job)):
+                    reporter.say(f"unit {job.unit.index}: {len(skip)} input(s) kill their worker; listed as failures")
+                    job = replace(job, skip=tuple(sorted({*job.skip, *skip})))
+                waiting.append(job)
+            elif outcome.problem:
+                raise UserError(outcome.problem)
+            else:
+                _finish(job.unit, outcome, summary, counts, reporter)
+        reporter.working(*pool.progress())
+
+
+def _finish(unit: Unit, outcome: Outcome, summary: Summary, counts: dict[int, int], reporter: Reporter) -> None:
+    _count(summary, counts, unit, outcome.counts)
+    summary.made += outcome.counts["in"]
+    summary.stages.update(outcome.timings)
+    reporter.advance(outcome.counts["in"], sum(outcome.counts["failed"].values()))
+
+
+def _close(folder: Folder, info: dict[str, Any], summary: Summary, counts: dict[int, int]) -> None:
+    """Writes the totals and removes what killed writers left."""
+    if sorted(counts) != list(range(len(counts))):
+        raise UserError(
+            f"{summary.out}: the source gave units {sorted(counts)[:5]}...; they must be numbered 0, 1, 2, ..."
+        )
+    if not counts:
+        raise UserError("the source has no inputs; check its path and its filters")
+    totals = {
+        "in": summary.samples_in,
+        "ok": summary.ok,
+        "failed": dict(summary.failed),
+        "shards": [counts[index] for index in range(len(counts))],
+    }
+    write_info(folder, info | {"shards": len(counts), "totals": totals, "depth_kind": _depth_kind(folder, info)})
+    folder.sweep()
+
+
+def _depth_kind(folder: Folder, info: dict[str, Any]) -> str:
+    """ "metric" or "relative", as the first sample says; "" where there is no depth or no sample."""
+    if "depth" not in info["estimators"]:
+        return ""
+    dataset = Dataset(folder, info)
+    for mark in dataset.marks():
+        for key in mark["index"]:
+            return str(dataset.read_at(mark, key, ["json"]).meta["intrinsics"]["depth"]["kind"])
+    return ""
+
+
+# ---- this machine ----------------------------------------------------------------------------------------------------
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _device(wish: str) -> str:
+    """ "cpu" or "cuda". Raises UserError if CUDA is asked for and not there."""
+    if wish == "cpu":
+        return "cpu"
+    import torch
+
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _total(source: Source, limit: int | None) -> int | None:
+    total = source.total()
+    return total if limit is None or total is None else min(total, limit)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run with a sentence; what is committed stays."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise UserError(f"stopped by {signal.Signals(number).name}; the same command goes on where it stopped")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,333 @@
+"""One unit of work: reads its inputs, prepares and estimates them, and commits them as one shard.
+
+Reading and decoding, estimating, and encoding overlap: a thread reads ahead, a pool decodes and encodes, the calling
+thread estimates. What goes into which batch is a function of the unit alone, so that the bytes never depend on timing.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from extract.estimators import Estimator
+from extract.images import ImageProblem, ImageRules, Prepared, prepare
+from extract.sources import Failure, RawSample, Source, Unit
+from shards.dataset import Dataset
+from shards.forget import REASON as FORGOTTEN
+from shards.forget import Forgotten, read_forgotten
+from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError
+from shards.marks import shard_name
+from shards.quality import quality_scores
+from shards.sample import Sample, SampleError, encode_meta
+from shards.storage import Folder
+from shards.writer import ShardWriter
+
+Maps = dict[str, IntrinsicMap]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An estimator in memory, the maps wanted of it, and the ids of its fingerprint that go into the samples' `by`."""
+
+    estimator: Estimator
+    intrinsics: tuple[str, ...]
+    id: str
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitWork:
+    """What all units of a run share."""
+
+    source: Source
+    image: ImageRules
+    members: tuple[str, ...]
+    threads: int
+    window: int
+
+
+@dataclass
+class Progress:
+    """Counts that another thread may look at while a unit is at work."""
+
+    done: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def spent(self, stage: str, begin: float) -> None:
+        """Adds the time since `begin` (perf_counter) to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+
+@dataclass
+class _Item:
+    """One input on its way. Either `failure` is set, or the fields after it are filled one after the other."""
+
+    position: int
+    failure: Failure | None = None
+    sample: RawSample | None = None
+    prepared: Prepared | None = None
+    old: Sample | None = None
+    maps: Maps = field(default_factory=dict)
+    by: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, stage: str, reason: str, message: str) -> None:
+        assert self.sample is not None
+        self.failure, self.maps = Failure(self.sample.key, stage, reason, message), {}
+
+
+def make_shard(
+    folder: Folder,
+    unit: Unit,
+    work: UnitWork,
+    estimators: Sequence[Loaded],
+    *,
+    made: Mapping[str, Any],
+    skip: Container[int] = frozenset(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Makes the shard of a unit and commits it; returns its commit mark.
+
+    made: what goes into the mark to tell later whether the shard is up to date. skip: positions in the unit of inputs that
+    kill their worker; they are listed as failures. Where a shard is there already, members that were made with the same
+    settings are kept byte for byte. Raises UserError where the output cannot be written.
+    """
+    progress = progress or Progress()
+    old = _OldShard(folder, unit.index)
+    begin = time.perf_counter()
+    with (
+        ShardWriter(folder, unit.index, members=work.members, made=made, replaces=old.checksum) as writer,
+        ThreadPoolExecutor(work.threads, "encode") as pool,
+    ):
+        encoded: list[tuple[_Item, Future[dict[str, bytes]] | None]] = []
+        for window in _windows(_items(unit, work, skip, read_forgotten(folder), progress), work.window):
+            for item in window:
+                old.match(item)
+            _estimate(window, estimators, progress)
+            _write(writer, encoded, progress)
+            encoded = [(item, None if item.failure else pool.submit(_encode, item, work.members)) for item in window]
+        _write(writer, encoded, progress)
+        timings = {name: round(value, 3) for name, value in progress.seconds.items()}
+        return writer.commit(timings | {"unit_s": round(time.perf_counter() - begin, 3)})
+
+
+def probe(unit: Unit, work: UnitWork, estimators: Sequence[Loaded], positions: range) -> None:
+    """Decodes and estimates only the inputs at these positions, and keeps nothing: to see whether one kills the process."""
+    for window in _windows(_items(unit, work, _AllBut(positions), Forgotten(), Progress()), work.window):
+        _estimate(window, estimators, Progress())
+
+
+class _AllBut:
+    """Contains every position but those given."""
+
+    def __init__(self, positions: range) -> None:
+        self._positions = positions
+
+    def __contains__(self, position: object) -> bool:
+        return position not in self._positions
+
+
+# ---- read and decode -------------------------------------------------------------------------------------------------
+
+
+def _items(
+    unit: Unit, work: UnitWork, skip: Container[int], forgotten: Forgotten, progress: Progress
+) -> Iterator[_Item]:
+    """The unit's inputs in order, decoded; a thread reads at most two windows ahead."""
+    ahead: queue.Queue[Any] = queue.Queue(maxsize=2 * work.window)
+    stop = threading.Event()
+
+    def put(entry: Any) -> None:
+        while not stop.is_set():
+            try:
+                return ahead.put(entry, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            with ThreadPoolExecutor(work.threads, "decode") as pool:
+                inputs = iter(work.source.read(unit))
+                for position in range(1 << 62):
+                    begin = time.perf_counter()
+                    output = next(inputs, None)
+                    progress.spent("read_s", begin)
+                    if output is None or stop.is_set():
+                        break
+                    put(pool.submit(_decode, position, output, work.image, skip, forgotten, progress))
+            put(None)
+        except BaseException as error:  # handed to the thread that waits for the next item
+            put(error)
+
+    reader = threading.Thread(target=read, name="read", daemon=True)
+    reader.start()
+    try:
+        while (entry := ahead.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry.result()
+    finally:
+        stop.set()
+        reader.join()
+
+
+def _decode(
+    position: int,
+    output: RawSample | Failure,
+    rules: ImageRules,
+    skip: Container[int],
+    forgotten: Forgotten,
+    progress: Progress,
+) -> _Item:
+    if isinstance(output, Failure):
+        return _Item(position, failure=output)
+    item = _Item(position, sample=output)
+    begin = time.perf_counter()
+    if position in skip:
+        item.fail("decode", "killed_worker", "a worker that decoded or estimated this image died, alone with it, twice")
+    elif forgotten and forgotten.covers(
+        output.key, output.meta, output.image if isinstance(output.image, bytes) else b""
+    ):
+        item.fail("read", FORGOTTEN, "removed on request")
+    else:
+        try:
+            item.prepared = prepare(output.image, rules)
+        except ImageProblem as problem:
+            item.fail("decode", problem.reason, problem.message)
+    progress.spent("decode_s", begin)
+    return item
+
+
+def _windows(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
+    window: list[_Item] = []
+    for item in items:
+        window.append(item)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+# ---- what is there already -------------------------------------------------------------------------------------------
+
+
+class _OldShard:
+    """The shard that is to be replaced, if there is one: its members are kept where they are still right."""
+
+    def __init__(self, folder: Folder, index: int) -> None:
+        self._mark: dict[str, Any] | None = None
+        self.checksum: str | None = None
+        if folder.exists(f"{shard_name(index)}.json"):
+            self._dataset = Dataset(folder, {})
+            self._mark = self._dataset.mark(shard_name(index))
+            self.checksum = self._mark["checksum"]
+
+    def match(self, item: _Item) -> None:
+        """Gives an item the stored sample of its key, if its image is the same to the byte."""
+        if (
+            self._mark is None
+            or item.prepared is None
+            or item.sample is None
+            or item.sample.key not in self._mark["index"]
+        ):
+            return
+        sample = self._dataset.read_at(self._mark, item.sample.key)
+        if item.prepared.member == sample.members[sample.image_member]:
+            item.old = sample
+
+
+def _kept(item: _Item, name: str, wanted_by: str | None) -> bool:
+    """Whether the stored map of this name stays: made by what would make it now, or not to be made now at all."""
+    if item.old is None or name not in item.old.intrinsics:
+        return False
+    return wanted_by is None or item.old.meta["intrinsics"][name].get("by") == wanted_by
+
+
+# ---- estimate --------------------------------------------------------------------------------------------------------
+
+
+def _estimate(window: list[_Item], estimators: Sequence[Loaded], progress: Progress) -> None:
+    """Runs each estimator over the window's images, those batches apart that cannot be done; fills `maps` and `by`."""
+    begin = time.perf_counter()
+    for loaded in estimators:
+        todo = []
+        for item in window:
+            if item.failure or item.prepared is None:
+                continue
+            for name in loaded.intrinsics:
+                item.by[name] = loaded.id
+            if not all(_kept(item, name, loaded.id) for name in loaded.intrinsics):
+                todo.append(item)
+        for start in range(0, len(todo), loaded.batch):
+            _estimate_batch(todo[start : start + loaded.batch], loaded)
+    progress.spent("estimate_s", begin)
+
+
+def _estimate_batch(batch: list[_Item], loaded: Loaded) -> None:
+    """One batch; if the estimator fails on it, each image alone, so that only the culprits fail."""
+    images = [item.prepared.pixels for item in batch if item.prepared is not None]
+    try:
+        results = loaded.estimator(images)
+    except Exception as error:  # an estimator is foreign code: whatever it raises belongs to the images it was given
+        if len(batch) > 1:
+            for item in batch:
+                _estimate_batch([item], loaded)
+            return
+        batch[0].fail("estimate", "estimator_failed", f"{loaded.id}: {type(error).__name__}: {error}")
+        return
+    for item, maps in zip(batch, results, strict=True):
+        item.maps |= {name: maps[name] for name in loaded.intrinsics if not _kept(item, name, loaded.id)}
+
+
+# ---- encode and write ------------------------------------------------------------------------------------------------
+
+
+def _encode(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
+    """The members of a finished item. Raises SampleError, also for a map that breaks the conventions."""
+    sample, prepared = item.sample, item.prepared
+    assert sample is not None and prepared is not None
+    image = members[0]
+    described: dict[str, Any] = {"image": prepared.record}
+    stored: dict[str, bytes] = {image: prepared.member, "txt": sample.caption.encode("utf-8")}
+    known = dict(item.maps)
+    for name, row in INTRINSICS.items():
+        if row.member not in members:
+            continue
+        if name in item.maps:
+            stored[row.member], info = row.encode(item.maps[name])
+            described[name] = info | {"by": item.by[name]}
+        elif _kept(item, name, item.by.get(name)) and item.old is not None:
+            stored[row.member], described[name] = item.old.members[row.member], item.old.meta["intrinsics"][name]
+            known[name] = item.old.map(name)
+        else:
+            raise SampleError(f"there is no {name} for it")
+    described["quality"] = quality_scores({name: known[name] for name in INTRINSICS if name in known})
+    stored["json"] = encode_meta({**sample.meta, "intrinsics": described})
+    return stored
+
+
+def _write(
+    writer: ShardWriter, encoded: list[tuple[_Item, "Future[dict[str, bytes]] | None"]], progress: Progress
+) -> None:
+    """Waits for a window's members and appends them, or the failures, in the order of the inputs."""
+    begin = time.perf_counter()
+    for item, future in encoded:
+        if future is not None and item.sample is not None:
+            if item.sample.key in writer:
+                item.fail("encode", "duplicate_key", "an earlier input of this shard has the same key")
+            else:
+                try:
+                    writer.add(item.sample.key, future.result())
+                except (SampleError, MapError) as error:
+                    item.fail("encode", "cannot_encode", str(error))
+        if item.failure is not None:
+            failure = item.failure
+            writer.fail(failure.key, failure.stage, failure.reason, failure.message)
+            progress.failed += 1
+        progress.done += 1
+    progress.spent("write_s", begin)
+    encoded.clear()
