@@ -378,6 +378,19 @@ def _check_place(scene: Scene, r: Rendering, place: str) -> None:
         assert (labels == "sky").mean() > 0.02
 
 
+def test_round_trees_show_their_trunks() -> None:
+    trees = 0
+    for index in range(400):
+        scene = compose(13, index)
+        for thing in scene.things:
+            bodies = [k for k, body in enumerate(scene.primitives) if body.segment == thing.segment]
+            if thing.shape == "tree" and scene.primitives[bodies[1]].kind == "sphere":
+                view = View.of(scene, 64, 64)
+                assert (nearest(scene, view, view.grid())[1] == bodies[0]).sum() >= 4
+                trees += 1
+    assert trees > 20
+
+
 def test_every_relation_of_a_scene_holds_both_ways_and_every_object_stands_on_something() -> None:
     for index in range(200):
         scene = compose(9, index)

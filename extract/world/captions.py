@@ -68,7 +68,11 @@ def write(
     between = [r for r in true if r.object >= 0]
     stacked = [r for r in between if r.relation == "on top of"]
     if between and rng.random() < 0.9:
-        pool = stacked if stacked and rng.random() < 0.6 else between
+        kinds = sorted(
+            {r.relation for r in between}
+        )  # each relation as often as the others, not as its number of pairs
+        kind = "on top of" if stacked and rng.random() < 0.5 else kinds[rng.integers(len(kinds))]
+        pool = [r for r in between if r.relation == kind]
         first = pool[rng.integers(len(pool))]
         text, named = (
             f"{name(things[first.subject])} {first.relation} {name(things[first.object])}",

@@ -61,7 +61,11 @@ class _Placed:
 
 def _attempt(seed: int, index: int, variety: float, rng: np.random.Generator) -> Scene | None:
     wild = bool(rng.random() < variety)
-    count = int(rng.integers(3, 13)) if wild else int(rng.choice([1, 2, 3, 4, 5], p=[0.08, 0.22, 0.30, 0.25, 0.15]))
+    count = (
+        int(rng.integers(3, 13))
+        if wild
+        else int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.06, 0.16, 0.26, 0.24, 0.18, 0.10]))
+    )
     radius = float(rng.uniform(0.75, 1.0)) * (0.75 + 0.35 * count**0.5 * (1.2 if wild else 1.0))
     camera = camera_for(radius, rng, wild=bool(rng.random() < variety))
     setting = setting_for(radius, camera, rng, wild=bool(rng.random() < variety))
@@ -191,7 +195,8 @@ def _odd(shape: str, colour: str, size: float, at: tuple[float, float, float], r
         gloss=float(rng.uniform(10, 200)),
         metal=bool(rng.random() < 0.15),
     )
-    r, g, b = (float(c) for c in rng.random(3) * rng.uniform(0.3, 1.0))
+    base = rng.random(3) * rng.uniform(0.3, 1.0)
+    r, g, b = (float(c) for c in base.mean() + (base - base.mean()) * rng.random() ** 0.5)
     form = plan(shape, rng)
     squeezed = shape in SMALL_ENOUGH and rng.random() < 0.7
     turned, lifted = yaw(float(rng.uniform(0, 2 * np.pi))), 0.0
@@ -246,12 +251,13 @@ def _look(setting: Setting, placed: list[_Placed], camera: Camera, bar: _Bar) ->
     layers = np.stack(
         [np.full_like(floor, np.finfo(np.float32).max), floor, walls, *(depths(p.bodies) for p in placed)]
     )
+    marks = {i: depths(p.bodies[:1]) <= layers[i + 3] for i, p in enumerate(placed) if _needs_trunk(p)}
     kept = [i for i, p in enumerate(placed) if _framed(view, p) >= bar.framed]
     while True:
         kept = [i for i in kept if placed[i].thing.supported_by < 0 or placed[i].thing.supported_by in kept]
         front = layers[[0, 1, 2, *(i + 3 for i in kept)]].argmin(axis=0)
         seen = {i: front == n + 3 for n, i in enumerate(kept)}
-        worth = {i: _worth(seen[i], layers[i + 3], bar) for i in kept}
+        worth = {i: _worth(seen[i], layers[i + 3], marks.get(i), bar) for i in kept}
         worst = min(kept, key=worth.__getitem__, default=None)
         if worst is None or worth[worst] >= 1:
             things = [(i, _sight(seen[i], view, placed[i])) for i in kept]
@@ -259,11 +265,20 @@ def _look(setting: Setting, placed: list[_Placed], camera: Camera, bar: _Bar) ->
         kept.remove(worst)
 
 
-def _worth(seen: np.ndarray, depth: np.ndarray, bar: _Bar) -> float:
-    """At least 1 for a thing that is well visible."""
+def _needs_trunk(placed: _Placed) -> bool:
+    """A round tree whose trunk cannot be seen looks like a sphere."""
+    return placed.thing.shape == "tree" and placed.bodies[1].kind == "sphere"
+
+
+def _worth(seen: np.ndarray, depth: np.ndarray, mark: np.ndarray | None, bar: _Bar) -> float:
+    """At least 1 for a thing that is well visible. mark: bool, pixels of the part that it is known by, if it needs one."""
     alone = int(np.isfinite(depth).sum())
     visible = int(seen.sum())
-    return min(visible / (bar.share * seen.size), visible / max(alone, 1) / bar.seen)
+    known = 1.0
+    if mark is not None:
+        mark = mark & np.isfinite(depth)
+        known = min(int((seen & mark).sum()) / 4, int((seen & mark).sum()) / max(int(mark.sum()), 1) / bar.seen)
+    return min(visible / (bar.share * seen.size), visible / max(alone, 1) / bar.seen, known)
 
 
 def _framed(view: View, placed: _Placed) -> float:

@@ -33,7 +33,7 @@ def camera_for(radius: float, rng: np.random.Generator, *, wild: bool) -> Camera
     fov = np.radians(rng.uniform(22, 85) if wild else rng.uniform(32, 60))
     above = np.radians(rng.uniform(1, 60) if wild else rng.uniform(8, 36))
     focal = 0.5 / np.tan(fov / 2)
-    distance = radius * (1 + 1.9 * focal) * float(rng.uniform(0.6, 1.2) if wild else rng.uniform(0.85, 1.0))
+    distance = radius * (1 + 1.9 * focal) * float(rng.uniform(0.45, 1.15) if wild else rng.uniform(0.85, 1.0))
     aim = float(rng.uniform(0.15, 0.45))
     position = (0.0, float(aim + distance * np.sin(above)), float(distance * np.cos(above)))
     tilt, roll = (rng.uniform(-6, 6), rng.uniform(-12, 12)) if wild else (rng.uniform(-1, 2), 0.0)
@@ -113,6 +113,7 @@ def _ground(ground: Ground, paint: Colour | None, rng: np.random.Generator, wild
     if wild:
         texture = sorted(TEXTURES)[rng.integers(len(TEXTURES))]
         base = rng.random(3) * rng.uniform(0.2, 1.0)
+        base = base.mean() + (base - base.mean()) * rng.random()  # most real surfaces are greyish
         first = tuple(base)
         second = tuple(np.clip(base + rng.normal(0, 0.25, 3), 0.02, 1))
         period = float(np.exp(rng.uniform(np.log(0.3), np.log(5))))

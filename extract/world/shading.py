@@ -106,41 +106,31 @@ def _surfaces(scene: Scene, view: View, hits: Hits, pixel: float, seed: int | No
                 highlights[:, part] += _column(light.power) * strength
     rgb = albedo * received
     for part, surface in _shining(scene, hits):
-        rgb[:, part] = _polish(scene, hits, part, surface, albedo, rgb, highlights, towards_eye, facing_eye, open_sky)
+        share, around = _mirrored(scene, surface, hits.normal[:, part], towards_eye[:, part], facing_eye[part])
+        around = around * np.sqrt(open_sky[part])
+        if surface.metal:
+            shine = (around + highlights[:, part] / surface.specular) * share * albedo[:, part]
+            rgb[:, part] = rgb[:, part] * (1 - surface.specular) + shine
+        else:
+            rgb[:, part] = rgb[:, part] * (1 - share) + around * share + highlights[:, part]
     if backdrop.haze_m < _CLEAR_M:
         rgb = _mix(rgb, _column(backdrop.horizon), 1 - np.exp(-hits.depth / np.float32(backdrop.haze_m)))
     return rgb, hidden
 
 
-def _polish(
-    scene: Scene,
-    hits: Hits,
-    part: slice,
-    surface: Surface,
-    albedo: np.ndarray,
-    rgb: np.ndarray,
-    highlights: np.ndarray,
-    towards_eye: np.ndarray,
-    facing_eye: np.ndarray,
-    open_sky: np.ndarray,
-) -> np.ndarray:
-    """Adds highlights and the mirrored surroundings (sky, floor; no objects) by Fresnel's share."""
-    normal = hits.normal[:, part]
-    fresnel = surface.specular + (1 - surface.specular) * 0.7 * (1 - facing_eye[part]) ** 5 * min(
-        1, surface.gloss / 150
+def _mirrored(
+    scene: Scene, surface: Surface, normal: np.ndarray, towards_eye: np.ndarray, facing_eye: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much a surface mirrors (Fresnel's share (N,)), and the sky or floor (no things) seen in it, linear RGB (3, N)."""
+    grazing = 1 - facing_eye
+    share = (
+        surface.specular
+        + (1 - surface.specular) * 0.7 * min(1, surface.gloss / 150) * grazing * (grazing * grazing) ** 2
     )
-    mirrored = 2 * facing_eye[part] * normal - towards_eye[:, part]
-    up = mirrored[1]
-    backdrop = scene.backdrop
-    around = _mix(_column(backdrop.horizon), _column(backdrop.zenith), np.clip(up * 1.5, 0, 1))
+    up = (2 * facing_eye * normal - towards_eye)[1]
+    sky = _mix(_column(scene.backdrop.horizon), _column(scene.backdrop.zenith), np.clip(up * 1.5, 0, 1))
     ground = _column(scene.primitives[0].surface.colour) * 0.7
-    around = _mix(ground, around, np.clip(up * 6 + 0.5, 0, 1)) * np.sqrt(open_sky[part])
-    if surface.metal:
-        tint = albedo[:, part]
-        return (
-            rgb[:, part] * (1 - surface.specular) + (around + highlights[:, part] / surface.specular) * tint * fresnel
-        )
-    return rgb[:, part] * (1 - fresnel) + around * fresnel + highlights[:, part]
+    return share, _mix(ground, sky, np.clip(up * 6 + 0.5, 0, 1))
 
 
 def _shining(scene: Scene, hits: Hits) -> list[tuple[slice, Surface]]:
