@@ -16,6 +16,7 @@ import asyncio
 import concurrent.futures
 import random
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -50,8 +51,9 @@ class DownloadSettings:
     concurrency, per_host: requests at once, in all and to one host.
     connect_timeout_s: to look up the name, connect and agree on a cipher; idle_timeout_s: without a byte;
         total_timeout_s: for one attempt with all its redirects, time waited for a turn not counted.
-    retries: further attempts after a passing problem. Before the n-th: 2^(n-1) times backoff_s, times a random number
-        between 0.5 and 1.5; or what the server's Retry-After says, unless that is more than max_retry_after_s.
+    retries: further attempts after a passing problem, but only one after a timeout: it is slow already. Before the
+        n-th: 2^(n-1) times backoff_s, times a random number between 0.5 and 1.5; or what the server's Retry-After
+        says, unless that is more than max_retry_after_s.
     max_bytes: of one image. max_held_mb: of all images that were begun and not yet taken, in 2^20 bytes.
     robots: directives of X-Robots-Tag that are obeyed (none: the header is ignored); robots_agent: the name by which
         servers may address us in it.
@@ -60,9 +62,9 @@ class DownloadSettings:
 
     concurrency: int = 128
     per_host: int = 8
-    connect_timeout_s: float = 8.0
-    idle_timeout_s: float = 10.0
-    total_timeout_s: float = 40.0
+    connect_timeout_s: float = 6.0
+    idle_timeout_s: float = 8.0
+    total_timeout_s: float = 30.0
     retries: int = 2
     backoff_s: float = 0.5
     max_retry_after_s: float = 15.0
@@ -116,6 +118,7 @@ class Downloader:
         self._thread = threading.Thread(target=self._loop.run_forever, name="download", daemon=True)
         self._thread.start()
         self._session = self.run(self._open_session())
+        self._finalizer = weakref.finalize(self, _shut, self._loop, self._thread, self._session)
 
     async def _open_session(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
@@ -159,12 +162,8 @@ class Downloader:
         return Batch(self)
 
     def close(self) -> None:
-        """Closes all connections and ends the thread. Batches must be closed before."""
-        if self._thread.is_alive():
-            self.run(self._session.close())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        """Closes all connections and ends the thread; happens by itself in the end. Batches must be closed before."""
+        self._finalizer()
 
     # ---- one download ------------------------------------------------------------------------------------------------
 
@@ -183,8 +182,9 @@ class Downloader:
                 if problem.retry_after_s is not None:
                     pause_s = max(pause_s, problem.retry_after_s)
                 attempt += 1
+                retries = min(1, self.settings.retries) if problem.reason == "timeout" else self.settings.retries
                 out_of_bounds = (problem.retry_after_s or 0) > self.settings.max_retry_after_s
-                if not REASONS[problem.reason].passing or attempt > self.settings.retries or out_of_bounds:
+                if not REASONS[problem.reason].passing or attempt > retries or out_of_bounds:
                     return problem
             except BaseException:
                 self.turns.settle(ticket, 0)
@@ -269,6 +269,13 @@ class Downloader:
         clock.reschedule(None)
         await self.turns.room(ticket, size)
         clock.reschedule(None if when is None else when + loop.time() - began)
+
+
+def _shut(loop: asyncio.AbstractEventLoop, thread: threading.Thread, session: aiohttp.ClientSession) -> None:
+    asyncio.run_coroutine_threadsafe(session.close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 @dataclass

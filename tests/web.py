@@ -37,10 +37,15 @@ def head(status: str, *headers: str, length: int | None = None) -> bytes:
 
 
 class Web:
-    """The server; `requests` counts what was asked for, by path."""
+    """The server; `requests` counts what was asked for, by path.
 
-    def __init__(self, images: Sequence[bytes]) -> None:
+    images: JPEG files; /ok/12.jpg is the twelfth of them, counted round. distinct: with a comment that makes each path's
+        file another one.
+    """
+
+    def __init__(self, images: Sequence[bytes], distinct: bool = False) -> None:
         self.images = images
+        self.distinct = distinct
         self.requests: Counter[str] = Counter()
         self.headers: list[str] = []
         self.open = self.most_open = 0
@@ -71,6 +76,7 @@ class Web:
             "broken": self._fixed(b"\xff\xd8\xff\xe0" + b"\x00garbage" * 800, "Content-Type: image/jpeg"),
             "empty": self._fixed(b""),
             "bomb": self._fixed(gzip.compress(bytes(30 << 20)), "Content-Encoding: gzip", "Content-Type: image/png"),
+            "same": self._fixed(self.images[0]),
             "noai": self._fixed(self.images[0], "X-Robots-Tag: noai, noimageai"),
             "otherbot": self._fixed(self.images[0], "X-Robots-Tag: otherbot: noindex, noai"),
             "nonsense": self._nonsense,
@@ -110,9 +116,9 @@ class Web:
             loops[0].call_soon_threadsafe(ended.set)
             thread.join()
 
-    async def serve_forever(self, port: int = 0, ready: Callable[[int], None] = lambda port: None) -> None:
-        """Serves in this process, until it is killed."""
-        server = await asyncio.start_server(self._connection, "127.0.0.1", port, backlog=1024)
+    async def serve_forever(self, hosts: Sequence[str], port: int, ready: Callable[[int], None]) -> None:
+        """Serves in this process until it is interrupted; `ready` is called with the port once it listens."""
+        server = await asyncio.start_server(self._connection, list(hosts), port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         ready(self.port)
         await server.serve_forever()
@@ -143,7 +149,11 @@ class Web:
     def picture(self, path: str) -> bytes:
         """The image that a path of the form /ok/12.jpg stands for."""
         digits = "".join(letter for letter in path.rsplit("/", 1)[-1] if letter.isdigit())
-        return self.images[int(digits or 0) % len(self.images)]
+        image = self.images[int(digits or 0) % len(self.images)]
+        if not self.distinct:
+            return image
+        comment = path.encode()
+        return image[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + image[2:]
 
     async def _image(self, writer: asyncio.StreamWriter, path: str) -> None:
         data = self.picture(path)
