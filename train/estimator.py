@@ -34,10 +34,10 @@ class EstimatorTraining:
 
     out: Path
     scenes: Path = Path("runs/scenes")
-    chunks: int = 64
+    chunks: int = 96
     render_px: int = 192
     seed: int = 100
-    steps: int = 3200
+    steps: int = 2200
     shapes: tuple[tuple[int, int], ...] = ((128, 24), (160, 16), (192, 12), (256, 6))
     learning_rate: float = 2e-3
     warmup: int = 200
@@ -211,7 +211,7 @@ def train_estimator(config: EstimatorTraining) -> Path:
                 average[name].lerp_(tensor, 1 - decay)
             progress.advance(task)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                values = ", ".join(f"{name} {float(term):.3f}" for name, term in terms.items())
+                values = ", ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
                 progress.print(f"step {step + 1}: {values}")
                 _save(config, step + 1, net, average, optimiser)
     return config.out
@@ -228,9 +228,7 @@ def _schedule(config: EstimatorTraining, step: int) -> float:
 STATE = "training.safetensors"
 
 
-def _save(
-    config: EstimatorTraining, step: int, net: DemoNet, average: Batch, optimiser: torch.optim.Optimizer
-) -> None:
+def _save(config: EstimatorTraining, step: int, net: DemoNet, average: Batch, optimiser: torch.optim.Optimizer) -> None:
     """The averaged weights as a checkpoint that can be used at once, then all that resuming needs in one file."""
     shipped = DemoNet(net.config)
     shipped.load_state_dict(average)
