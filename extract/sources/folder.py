@@ -37,18 +37,28 @@ CAPTION_MODES = ("auto", "beside", "none")
 
 
 class Item(NamedTuple):
-    """One input: what a worker needs to read it.
+    """One input: what a worker needs to read it, as values that JSON can hold.
 
-    path: relative to the folder. text, json: the files beside it. row: its row of the table as JSON, column: where in
-    it the caption stands. problem: (reason, message) if planning found already that there is nothing to read.
+    path: relative to the folder, each byte of it as one character. text, json: the files beside it, likewise.
+    sizes: of these three files, so that units differ when files do. row: its row of the table as JSON, column: where in it
+    the caption stands. problem: (reason, message) if planning found already that there is nothing to read.
     """
 
-    path: bytes
-    text: bytes | None = None
-    json: bytes | None = None
-    row: bytes | None = None
+    path: str
+    text: str | None = None
+    json: str | None = None
+    sizes: tuple[int, int, int] = (-1, -1, -1)
+    row: str | None = None
     column: str | None = None
     problem: tuple[str, str] | None = None
+
+
+def _pack(path: bytes) -> str:
+    return path.decode("latin-1")
+
+
+def _unpack(path: str) -> bytes:
+    return path.encode("latin-1")
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class FolderSource:
 
     def units(self, shard_size: int, limit: int | None = None) -> Iterator[Unit]:
         """Images in the order of their paths' bytes; then the table's rows that belong to none of them."""
-        items = islice((item for item, _ in self._items()), limit)
+        items = islice(self._items(), limit)
         index = 0
         while batch := tuple(islice(items, shard_size)):
             yield Unit(index, batch)
@@ -92,7 +102,7 @@ class FolderSource:
         """One sample or failure for each item of the unit, in order."""
         folder = self._folder
         for item in unit.items:
-            key = key_of(item.path)
+            key = key_of(_unpack(item.path))
             try:
                 yield self._read(folder, key, item)
             except ReadProblem as problem:
@@ -108,8 +118,8 @@ class FolderSource:
             with self._folder.open(self._table_name) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        for item, sizes in self._items():
-            digest.update(b"%s\0%d %d %d\n" % (item.path, *sizes))
+        for item in self._items():
+            digest.update(b"%s\0%d %d %d\n" % (_unpack(item.path), *item.sizes))
             count += 1
         return count, digest.hexdigest()
 
@@ -143,35 +153,36 @@ class FolderSource:
     def _captions(self) -> str:
         return "beside" if self.captions == "auto" else self.captions
 
-    def _items(self) -> Iterator[tuple[Item, tuple[int, int, int]]]:
-        """All inputs in order, with the sizes of their files."""
+    def _items(self) -> Iterator[Item]:
+        """All inputs in order."""
         folder, name = self._folder, self._table_name
         table = Table(folder, name, self.file_column, self.caption_column) if name else None
         rows, spare = _rows_by_path(table) if table else ({}, [])
         column = table.caption_column if table else self.caption_column
-        blank = json.dumps(dict.fromkeys(table.columns)).encode() if table else None  # all samples get the same fields
-        empty = True
+        blank = json.dumps(dict.fromkeys(table.columns)) if table else None  # all samples get the same fields
+        empty = not (rows or spare)
         for found in walk(folder):
             empty = False
+            path = _pack(found.path)
             if found.problem:
-                item = Item(found.path, problem=("unreadable", found.problem))
+                yield Item(path, problem=("unreadable", found.problem))
             elif table:
                 if self.captions == "auto" and (found.text or found.json):
                     raise UsageError(
                         f"{self.path} has captions in {name} and also beside its images "
                         f"({show(found.text or found.json or b'')}); choose with source.captions = {name!r} or 'beside'"
                     )
-                item = Item(found.path, row=rows.pop(found.path, blank), column=column)
+                row = rows.pop(found.path, None)
+                yield Item(path, sizes=found.sizes, row=row.decode() if row else blank, column=column)
             elif self._captions == "none":
-                item = Item(found.path)
+                yield Item(path, sizes=found.sizes)
             else:
-                item = Item(found.path, found.text, found.json, column=column)
-            yield item, found.sizes
-        for path in sorted(rows):
-            yield Item(path, row=rows[path], column=column), (-1, -1, -1)
-        for item in spare:
-            yield item, (-1, -1, -1)
-        if empty and not rows and not spare:
+                text, fields = (_pack(beside) if beside else None for beside in (found.text, found.json))
+                yield Item(path, text, fields, found.sizes, column=column)
+        for left in sorted(rows):
+            yield Item(_pack(left), row=rows[left].decode(), column=column)
+        yield from spare
+        if empty:
             suffixes = " ".join(sorted(suffix.decode() for suffix in IMAGE_SUFFIXES))
             raise UsageError(f"there are no images in {self.path} or its subfolders (looked for {suffixes})")
 
@@ -180,23 +191,23 @@ class FolderSource:
     def _read(self, folder: Folder, key: str, item: Item) -> RawSample:
         if item.problem:
             raise ReadProblem(*item.problem)
-        if item.row is not None and _is_outside(item.path):
-            raise ReadProblem("missing_file", f"the table names {show(item.path)}, which is not inside the folder")
-        image = read(folder, item.path, self.max_bytes)
+        path = _unpack(item.path)
+        if item.row is not None and _is_outside(path):
+            raise ReadProblem("missing_file", f"the table names {show(path)}, which is not inside the folder")
+        image = read(folder, path, self.max_bytes)
         meta: dict[str, Any] = {}
         caption = ""
         if item.json is not None:
-            meta = json_object(_read_beside(folder, item.json, MAX_METADATA_BYTES, "bad_metadata"))
+            meta = json_object(_read_beside(folder, _unpack(item.json), MAX_METADATA_BYTES, "bad_metadata"))
         elif item.row is not None:
             meta = json.loads(item.row)
         if item.text is not None:
-            data = _read_beside(
-                folder, item.text, self.max_caption_bytes + 3, "caption_too_long"
-            )  # 3: a byte order mark
+            limit = self.max_caption_bytes + 3  # a byte order mark does not count
+            data = _read_beside(folder, _unpack(item.text), limit, "caption_too_long")
             caption = caption_of_bytes(data, self.max_caption_bytes)
         else:
             caption = caption_in(meta, item.column, self.max_caption_bytes)
-        return RawSample(key, image, caption, _checked({**meta, "file": show(item.path)}))
+        return RawSample(key, image, caption, _checked({**meta, "file": show(path)}))
 
 
 def _read_beside(folder: Folder, path: bytes, limit: int, too_long: str) -> bytes:
@@ -225,10 +236,12 @@ def _rows_by_path(table: Table) -> tuple[dict[bytes, bytes], list[Item]]:
         path = row.path.encode("utf-8", "surrogateescape")
         where = f"{row.path or table.name}#{row.place}".encode("utf-8", "surrogateescape")
         if row.problem:
-            spare.append(Item(where, problem=("bad_row", f"{row.place} of {table.name} cannot be used: {row.problem}")))
+            spare.append(
+                Item(_pack(where), problem=("bad_row", f"{row.place} of {table.name} cannot be used: {row.problem}"))
+            )
         elif path in rows:
             message = f"{row.place} of {table.name} is a second one for {show(path)}; the first one counts"
-            spare.append(Item(where, problem=("duplicate_row", message)))
+            spare.append(Item(_pack(where), problem=("duplicate_row", message)))
         else:
             rows[path] = json.dumps(row.fields, separators=(",", ":")).encode()
     return rows, spare
