@@ -55,19 +55,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def workers_of(driver: int) -> list[int]:
-    """The processes of a driver's Ray workers that hold our actor."""
-    found = []
+    """The processes below a driver that hold our Ray actor."""
+    parents, names = {}, {}
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            name = (entry / "cmdline").read_bytes()
-            session = os.getsid(int(entry.name))
-        except (OSError, ProcessLookupError):
-            continue
-        if name.startswith(b"ray::Worker") and session == os.getsid(driver):
-            found.append(int(entry.name))
-    return found
+        if entry.name.isdigit():
+            try:
+                stat, names[int(entry.name)] = (entry / "stat").read_text(), (entry / "cmdline").read_bytes()
+            except OSError:
+                continue  # it has just ended
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def below(pid: int) -> bool:
+        while pid > 1 and pid != driver:
+            pid = parents.get(pid, 0)
+        return pid == driver
+
+    return [pid for pid, name in names.items() if name.startswith(b"ray::Worker") and below(pid)]
 
 
 def disturb(out: Path, workers: int, estimators: str, rng: random.Random, longest_s: float) -> str:

@@ -305,7 +305,10 @@ def _encode(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
             known[name] = item.old.map(name)
         else:
             raise SampleError(f"there is no {name} for it")
-    described["quality"] = quality_scores({name: known[name] for name in INTRINSICS if name in known})
+    if item.maps or item.old is None:
+        described["quality"] = quality_scores({name: known[name] for name in INTRINSICS if name in known})
+    else:
+        described["quality"] = item.old.meta["intrinsics"]["quality"]
     stored["json"] = encode_meta({**sample.meta, "intrinsics": described})
     return stored
 

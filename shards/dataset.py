@@ -70,7 +70,8 @@ class Dataset:
     def read_at(self, mark: dict[str, Any], key: str, members: list[str] | None = None) -> Sample:
         """One sample of the shard whose mark is given, or only some of its members: one range read."""
         places = mark["index"][key]
-        wanted = {name: places[name] for name in members or places if name in places}
+        in_order = sorted(places, key=lambda name: places[name][0])
+        wanted = {name: places[name] for name in in_order if members is None or name in members}
         start = min(offset for offset, _ in wanted.values())
         end = max(offset + size for offset, size in wanted.values())
         if end - start > MAX_MEMBER_BYTES:

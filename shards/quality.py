@@ -1,4 +1,7 @@
-"""Cheap scores that find bad labels without ground truth, stored in json["intrinsics"]["quality"] for filtering."""
+"""Cheap scores that find bad labels without ground truth, stored in json["intrinsics"]["quality"] for filtering.
+
+They are measured on a grid of about GRID x GRID pixels: scores want no more, and large maps cost no more than small ones.
+"""
 
 from collections.abc import Mapping
 
@@ -6,6 +9,7 @@ import numpy as np
 
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 
+GRID = 160
 DEFAULT_FOCAL_RATIO = 1.0
 """The focal length assumed where none is known, as a share of the longer side (a field of view of 53 degrees)."""
 
@@ -22,7 +26,7 @@ def quality_scores(maps: Mapping[str, IntrinsicMap]) -> dict[str, float]:
     line_density       mean of the line drawing, 0..1
     """
     scores = {
-        f"{name}_invalid": float(1 - INTRINSICS[name].valid(item.values).mean())
+        f"{name}_invalid": float(1 - INTRINSICS[name].valid(_grid(item.values)).mean())
         for name, item in maps.items()
         if name in ("depth", "normal")
     }
@@ -32,15 +36,25 @@ def quality_scores(maps: Mapping[str, IntrinsicMap]) -> dict[str, float]:
         scores["normal_depth_angle"] = normal_depth_angle(maps["depth"], maps["normal"].values)
     if "segmentation" in maps:
         ids = maps["segmentation"].values
-        scores |= {"segments": float(ids.max()), "segmented": float((ids > 0).mean())}
+        scores |= {"segments": float(ids.max()), "segmented": float((_grid(ids) > 0).mean())}
     if "line" in maps:
-        scores["line_density"] = float(maps["line"].values.mean())
+        scores["line_density"] = float(_grid(maps["line"].values).mean())
     return {name: round(score, 6) for name, score in scores.items()}
 
 
+def _grid(values: np.ndarray) -> np.ndarray:
+    step = _step(values)
+    return values[::step, ::step]
+
+
+def _step(values: np.ndarray) -> int:
+    return max(1, min(values.shape[:2]) // GRID)
+
+
 def _depth_scores(depth: IntrinsicMap) -> dict[str, float]:
-    z = depth.values
-    finite = z[np.isfinite(z)]
+    z, step = depth.values, _step(depth.values)
+    grid = _grid(z)
+    finite = grid[np.isfinite(grid)]
     if finite.size == 0:
         return {"depth_range": 0.0, "depth_flatness": 1.0}
     low, high = (float(q) for q in np.quantile(finite, (0.05, 0.95)))
@@ -49,29 +63,32 @@ def _depth_scores(depth: IntrinsicMap) -> dict[str, float]:
     else:
         full = float(finite.max() - finite.min())
         spread = (high - low) / full if full else 0.0
-    inner = z[:-1, :-1]
-    flat = (inner == z[:-1, 1:]) & (inner == z[1:, :-1]) if min(z.shape) > 1 else np.ones(1, bool)
+    inner = z[:-1:step, :-1:step]
+    flat = (inner == z[:-1:step, 1::step]) & (inner == z[1::step, :-1:step]) if min(z.shape) > 1 else np.ones(1, bool)
     return {"depth_range": spread, "depth_flatness": float(flat.mean())}
 
 
-def depth_to_normal(depth_m: np.ndarray, focal_px: float) -> np.ndarray:
-    """Unit normals float32 (H, W, 3) of metric z-depth (H, W), by central differences of the points; NaN where undefined.
+def depth_to_normal(depth_m: np.ndarray, focal_px: float, step: int = 1) -> np.ndarray:
+    """Unit normals float32 of metric z-depth (H, W), by central differences of the points; NaN where undefined.
 
-    Camera frame: x right, y up, z towards the camera; the principal point is the image's centre.
+    Camera frame: x right, y up, z towards the camera; the principal point is the image's centre. Returns (H, W, 3); with
+    step > 1 only every step-th row and column, from the first on.
     """
     height, width = depth_m.shape
-    z = np.where(np.isfinite(depth_m), depth_m, np.nan).astype(np.float64)
-    u = np.arange(width) + 0.5 - width / 2
-    v = np.arange(height) + 0.5 - height / 2
-    points = np.stack([z * u / focal_px, -z * v[:, None] / focal_px, -z], axis=2)
-    normal = np.full((height, width, 3), np.nan)
-    if min(height, width) >= 3:
-        right = points[1:-1, 2:] - points[1:-1, :-2]
-        up = points[:-2, 1:-1] - points[2:, 1:-1]
-        n = np.cross(right, up)
-        with np.errstate(invalid="ignore"):
-            normal[1:-1, 1:-1] = n / np.linalg.norm(n, axis=2, keepdims=True)
-    return normal.astype(np.float32)
+    padded = np.pad(depth_m, 1, constant_values=np.nan)
+    padded = np.where(np.isfinite(padded), padded, np.nan)
+    x = (np.arange(-1, width + 1) + 0.5 - width / 2) / focal_px
+    y = -(np.arange(-1, height + 1) + 0.5 - height / 2)[:, None] / focal_px
+
+    def points(down: int, right: int) -> np.ndarray:
+        """The points beside those of the grid, by an offset in pixels."""
+        rows, columns = slice(1 + down, 1 + down + height, step), slice(1 + right, 1 + right + width, step)
+        z = padded[rows, columns].astype(np.float64)
+        return np.stack([z * x[columns], z * y[rows], -z], axis=2)
+
+    n = np.cross(points(0, 1) - points(0, -1), points(-1, 0) - points(1, 0))
+    with np.errstate(invalid="ignore"):
+        return (n / np.linalg.norm(n, axis=2, keepdims=True)).astype(np.float32)
 
 
 def normal_depth_angle(depth: IntrinsicMap, normal: np.ndarray) -> float:
@@ -81,6 +98,7 @@ def normal_depth_angle(depth: IntrinsicMap, normal: np.ndarray) -> float:
     depth.info["focal_px"], else the longer side.
     """
     focal_px = depth.info.get("focal_px") or DEFAULT_FOCAL_RATIO * max(depth.values.shape)
-    cosine = (depth_to_normal(depth.values, float(focal_px)) * normal).sum(axis=2)
+    step = _step(normal)
+    cosine = (depth_to_normal(depth.values, float(focal_px), step) * normal[::step, ::step]).sum(axis=2)
     cosine = cosine[np.isfinite(cosine)]
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean()) if cosine.size else 180.0
