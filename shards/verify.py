@@ -52,11 +52,14 @@ class _Shard:
 
 
 def verify(
-    url: str, quick: bool = False, progress: Callable[[str], None] = lambda shard: None, threads: int | None = None
+    url: str,
+    quick: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    threads: int | None = None,
 ) -> Report:
     """Checks the dataset at `url`. quick: does not read the tars, only their sizes, and all marks and failures.
 
-    progress is called with the name of each shard that was checked. Raises UserError only where there is no dataset.
+    progress is called with (shards checked, shards in all). Raises UserError only where there is no dataset.
     """
     try:
         dataset = Dataset.open(url)
@@ -71,12 +74,10 @@ def verify(
     results: list[_Shard] = []
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), "verify") as pool:
         try:
-            for name, result in zip(
-                shards, pool.map(lambda shard: _check_shard(dataset, shard, quick), shards), strict=True
-            ):
+            for result in pool.map(lambda shard: _check_shard(dataset, shard, quick), shards):
                 results.append(result)
                 problems += result.problems
-                progress(name)
+                progress(len(results), len(shards))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

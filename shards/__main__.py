@@ -1,0 +1,196 @@
+"""The command line: python -m shards verify | stats | show | list | gallery | forget."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shards.cli import DebugOption, new_app, run
+
+app = new_app(
+    "Looks at and looks after datasets of images with depth, normals, segments and line drawings.\n\n"
+    "URL is the folder that `python -m extract` wrote, on a disk or in an object store (s3://bucket/name). "
+    "It holds plain WebDataset tars: KEY.jpg, KEY.txt, KEY.json, KEY.depth.png and so on.\n\n"
+    "Begin with `python -m shards gallery URL` and open the page that it names."
+)
+
+Url = Annotated[str, typer.Argument(metavar="URL", help="The dataset: a folder or any fsspec URL.")]
+
+
+@app.command()
+def verify(
+    url: Url,
+    quick: Annotated[bool, typer.Option("--quick", help="Check marks and sizes, without reading the tars.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Checks everything: checksums, members, sizes, counts. Finds any single bit that changed.
+
+    Prints one sentence for each problem, with what to do, and exits with status 1 if there is one.
+    """
+    from shards.stats import size
+    from shards.verify import verify as check
+
+    with _bar("verifying") as bar:
+        task = bar.add_task("verifying", total=None)
+        report = check(url, quick, lambda done, total: bar.update(task, completed=done, total=total))
+    for problem in report.problems:
+        print(problem)
+    if report.problems:
+        count = len(report.problems)
+        print(f"error: {count} problem{'s' if count > 1 else ''} found in {url}", file=sys.stderr)
+        raise SystemExit(1)
+    counts = report.counts
+    print(
+        f"{url} is whole: {counts['ok']:,} samples in {counts['shards']:,} shards ({size(counts['bytes'])}), "
+        f"{sum(counts['failed'].values()):,} failures listed" + (" (tars not read)" if quick else "")
+    )
+
+
+@app.command()
+def stats(
+    url: Url,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="How many samples to decode, spread evenly.", show_default="500")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Shows counts, failures by reason, sizes, captions, quality scores, and distributions of each map."""
+    from shards.stats import show as show_figures
+    from shards.stats import stats as gather
+
+    with _bar("decoding") as bar:
+        task = bar.add_task("decoding", total=None)
+        figures = gather(url, sample, lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        show_figures(figures)
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The sample's key.")],
+    url: Url,
+    save: Annotated[Path | None, typer.Option(help="Write image and maps side by side to this PNG.")] = None,
+    size: Annotated[int, typer.Option(min=64, max=2048, help="Longer side of each picture of the PNG.")] = 384,
+    debug: DebugOption = False,
+) -> None:
+    """Prints the caption and metadata of one sample, and with --save a picture of all its maps.
+
+    Next: `python -m shards list --keys URL` shows the keys; `python -m shards gallery URL` shows many samples.
+    """
+    from shards.dataset import Dataset
+    from shards.display import sheet
+
+    sample = Dataset.open(url).read(key)
+    print(_one_line(sample.caption))
+    print(json.dumps(sample.meta, indent=1))
+    for name, data in sample.members.items():
+        print(f"{key}.{name}  {len(data):,} bytes")
+    if save is not None:
+        from shards.storage import Folder
+
+        picture = sheet([(sample.image(), sample.maps(), sample.caption)], size)
+        Folder(save.absolute().parent).write(save.name, _png(picture))
+        print(f"wrote {save}")
+
+
+@app.command("list")
+def list_(
+    url: Url,
+    keys: Annotated[bool, typer.Option("--keys", help="List the keys of all samples, one on each line.")] = False,
+    failures: Annotated[
+        bool, typer.Option("--failures", help="List the failures: key, stage, reason, message.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Lists the shards: name, samples, failures, bytes. With --keys the samples, with --failures what failed and why."""
+    from shards.dataset import Dataset
+
+    dataset = Dataset.open(url)
+    for mark in dataset.marks():
+        if keys:
+            from shards.stats import by_place
+
+            print(*by_place(mark), sep="\n", end="\n" if mark["index"] else "")
+        elif failures:
+            for line in dataset.failures(mark["shard"]):
+                print(*(_one_line(line[name]) for name in ("key", "stage", "reason", "message")), sep="\t")
+        else:
+            counts = mark["counts"]
+            print(mark["shard"], counts["ok"], sum(counts["failed"].values()), mark["tar"]["size"], sep="\t")
+
+
+@app.command()
+def gallery(
+    url: Url,
+    limit: Annotated[int, typer.Option(min=1, help="Samples on the page, spread evenly over the dataset.")] = 1000,
+    size: Annotated[int, typer.Option(min=64, max=1024, help="Longer side of each picture, in pixels.")] = 256,
+    debug: DebugOption = False,
+) -> None:
+    """Writes URL/gallery.html: one page, without network, with samples, maps, figures and failures."""
+    from shards.gallery import write_gallery
+
+    with _bar("drawing") as bar:
+        task = bar.add_task("drawing", total=None)
+        address = write_gallery(url, limit, size, lambda done, total: bar.update(task, completed=done, total=total))
+    print(address)
+
+
+@app.command()
+def forget(
+    url: Url,
+    key: Annotated[list[str] | None, typer.Option(help="A sample's key. May be given many times.")] = None,
+    image_url: Annotated[
+        list[str] | None, typer.Option("--url", help="The URL that a sample came from. May be given many times.")
+    ] = None,
+    hash_: Annotated[
+        list[str] | None, typer.Option("--hash", help="The sha256 or md5 of an image. May be given many times.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Removes samples for good, for instance on a person's request: now, and from every later run into this folder.
+
+    Only the shards concerned are written again. The same command again is harmless.
+    Next: `python -m shards gallery URL`, since an older page may still show them.
+    """
+    from shards.forget import Forgotten
+    from shards.forget import forget as remove
+
+    wanted = Forgotten.of(key or [], image_url or [], hash_ or [])
+    with _bar("searching") as bar:
+        task = bar.add_task("searching", total=None)
+        summary = remove(url, wanted, lambda shard: bar.advance(task))
+    print(f"{summary.samples} samples removed, {summary.shards} shards written again")
+
+
+def _bar(text: str) -> Progress:
+    """A progress bar on stderr, only where a person watches."""
+    console = Console(stderr=True)
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _one_line(text: str) -> str:
+    """Text of a dataset as one line without control characters, so that it cannot drive the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _png(picture: object) -> bytes:
+    from io import BytesIO
+
+    from PIL import Image
+
+    assert isinstance(picture, Image.Image)
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    run(app)
