@@ -6,12 +6,11 @@ Pixels where either side is not finite are left out; NaN is returned where nothi
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-_Mask = np.ndarray
 
-
-def _both(predicted: np.ndarray, truth: np.ndarray) -> _Mask:
-    valid: _Mask = np.isfinite(predicted) & np.isfinite(truth)
-    return valid.all(axis=2) if valid.ndim == 3 else valid
+def _both(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """bool (H, W): where both sides are finite."""
+    valid = np.asarray(np.isfinite(predicted) & np.isfinite(truth))
+    return np.asarray(valid.all(axis=2)) if valid.ndim == 3 else valid
 
 
 def median_scaled(predicted_m: np.ndarray, truth_m: np.ndarray) -> np.ndarray:
