@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from infer.shipped import resolve
 from shards.cli import DebugOption, new_app, run
 from shards.errors import UsageError
 
@@ -76,7 +77,12 @@ def sample(
 
     Next: look at the sheets; `python -m infer sample --schedule drop` to compare; `python -m shards gallery OUT` for shards.
     """
-    from infer.bases import resolve
+    default = [""] if image is not None or given is not None else [DEMO_PROMPT] if base == "demo" else []
+    asked = _prompts(prompt, prompts) or default
+    if not asked:
+        raise UsageError('there is nothing to draw; pass --prompt "TEXT" or --prompts FILE')
+    resolve(base, "base")
+
     from infer.outputs import maker
     from infer.run_folder import load_manifest
     from infer.work import Request, jobs_for
@@ -102,11 +108,6 @@ def sample(
         dtype=dtype,
         other_weights=other_weights,
     )
-    default = [""] if image is not None or given is not None else [DEMO_PROMPT] if base == "demo" else []
-    asked = _prompts(prompt, prompts) or default
-    if not asked:
-        raise UsageError('there is nothing to draw; pass --prompt "TEXT" or --prompts FILE')
-    resolve(base, "base")
     manifest = load_manifest(resolve(run_, "run"))
     jobs = jobs_for(request, maker(manifest)["id"], asked, range(seed, seed + num))
     _make(request, manifest, jobs, out, shards, shard_size, {"batch": batch, "workers": workers, "address": address})

@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
+from infer.shipped import resolve
 from shards.errors import UserError
 
 PIPELINES: dict[str, str] = {
@@ -25,9 +26,6 @@ PIPELINES: dict[str, str] = {
     "PixArtSigmaPipeline": "transformer",
 }
 """The stock pipelines that can be a base, and the component that is their denoising network."""
-
-EMBEDDED = Path(__file__).with_name("embedded")
-"""Embedded models live here: NAME/base, a diffusers folder, and NAME/run, a run folder for it."""
 
 _ADDED = re.compile(r"\.processor\.|\.lora_")  # parameters that are not the base's
 
@@ -104,17 +102,6 @@ def misfit(made_for: Base, base: Base, *, other_weights: bool = False) -> str | 
             "with other_weights (--other-weights)"
         )
     return None
-
-
-def resolve(name: str, kind: str) -> str:
-    """The path or hub id of a base or run (kind): embedded ones are named "demo", all else is returned as it is."""
-    path = EMBEDDED / name / kind
-    if path.is_dir():
-        return str(path)
-    if name == "demo":
-        what = "--base FOLDER, a diffusers folder or a hub id" if kind == "base" else "--run FOLDER, a run folder"
-        raise UserError(f"no embedded {kind} is shipped with this version yet; pass {what}")
-    return name
 
 
 def open_base(name: str, *, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> DiffusionPipeline:

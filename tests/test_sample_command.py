@@ -241,7 +241,7 @@ def test_what_is_wrong_is_said_in_a_sentence(models, tmp_path, arguments, messag
 
 
 def test_the_embedded_base_is_missing_in_one_sentence_with_exit_status(tmp_path):
-    from infer.bases import EMBEDDED
+    from infer.shipped import EMBEDDED
 
     if (EMBEDDED / "demo" / "base").is_dir():
         pytest.skip("this version ships the embedded base")

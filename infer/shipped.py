@@ -1,0 +1,19 @@
+"""The models that ship with the package, by name. Imports nothing heavy, so that a wrong name is said at once."""
+
+from pathlib import Path
+
+from shards.errors import UserError
+
+EMBEDDED = Path(__file__).with_name("embedded")
+"""Embedded models live here: NAME/base, a diffusers folder, and NAME/run, a run folder for it."""
+
+
+def resolve(name: str, kind: str) -> str:
+    """The path or hub id of a base or run (kind): embedded ones are named "demo", all else is returned as it is."""
+    path = EMBEDDED / name / kind
+    if path.is_dir():
+        return str(path)
+    if name == "demo":
+        what = "--base FOLDER, a diffusers folder or a hub id" if kind == "base" else "--run FOLDER, a run folder"
+        raise UserError(f"no embedded {kind} is shipped with this version yet; pass {what}")
+    return name
