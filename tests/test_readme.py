@@ -1,0 +1,55 @@
+"""The README keeps its word: every command in it is run, as written, and its Python lines too."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "console" for line in block.strip().splitlines()]
+RECURSIVE = ("make test", "make lint")  # the suite itself, and the step before it
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a fresh clone with its environment ready, and one image to extract."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.name not in ("data", "runs", ".venv"):
+            (folder / path.name).symlink_to(path)
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    (folder / "path" / "to" / "images").mkdir(parents=True)
+    from skimage import data
+    from skimage.io import imsave
+
+    imsave(folder / "path" / "to" / "images" / "cat.png", data.chelsea())
+    return folder
+
+
+def test_every_command_and_python_line_works_in_the_order_of_the_page(clone: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command in COMMANDS:
+        if command in RECURSIVE:
+            assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            continue
+        done = subprocess.run(
+            command, shell=True, cwd=clone, env=environment, capture_output=True, text=True, check=False, timeout=280
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
+    for kind, block in BLOCKS:
+        if kind == "python":
+            done = subprocess.run(
+                [sys.executable, "-c", block], cwd=clone, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+    assert (clone / "data" / "demo" / "gallery.html").is_file()
+
+
+def test_every_file_that_the_page_names_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
