@@ -5,7 +5,10 @@ import datetime
 import hashlib
 import json
 import pickle
+import re
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from extract.config import load_extract_config
+from extract.download import DownloadSettings
+from extract.filters import Filters
 from extract.reasons import REASONS
 from extract.sources import Failure, RawSample
 from extract.sources.table import open_source
@@ -396,11 +402,27 @@ def test_a_damaged_part_of_a_table_fails_its_rows_and_no_others(make: Make, web:
 def test_the_description_tells_tables_and_filters_apart(make: Make, tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", columns_of(5))
     before = make(path).describe()
-    assert before == make(path).describe() and json.dumps(before)
+    assert before == make(path).describe() == json.loads(json.dumps(before))
     assert make(path, filters={"min_caption": 2}).describe() != before
     assert make(path, download={"retries": 9}).describe() == before
     write(path, {name: values[::-1] for name, values in columns_of(5).items()})
     assert make(path).describe() != before
+
+
+@pytest.mark.parametrize("name", ["laion", "coyo", "cc12m", "datacomp", "template"])
+def test_every_recipe_of_url_tables_can_be_used(name: str) -> None:
+    config = load_extract_config(name, "out", {"source": {"tables": "local.parquet"}})
+    assert isinstance(open_source(config.source), UrlSource) and config.image.size_px == 512
+
+
+def test_the_template_shows_every_setting_with_its_default() -> None:
+    text = (resources.files("extract") / "recipes/template.toml").read_text()
+    shown = tomllib.loads(re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE))
+    shown = {name: shown["source"][name] for name in ("filters", "download")}
+    for name, cls in (("filters", Filters), ("download", DownloadSettings)):
+        assert set(shown[name]) == {field.name for field in dataclasses.fields(cls)}
+    defaults = json.loads(json.dumps(dataclasses.asdict(DownloadSettings())))
+    assert {**shown["download"], "user_agent": ""} == {**defaults, "user_agent": ""}
 
 
 def test_a_source_and_its_units_travel_to_workers(make: Make, web: Web, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ same as long as the list of tables does, or grows at its end.
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ class UrlSource:
                 name = table.address.rsplit("/", 1)[-1]
                 digest.update(f"{name}\0{table_size}\0{hashlib.sha256(tail).hexdigest()}\n".encode())
                 size += max(0, table_size)
-        settings = dataclasses.asdict(self)
+        settings = json.loads(json.dumps(dataclasses.asdict(self)))  # with lists, as dataset.json gives them back
         del settings["tables"], settings["download"]
         return {"kind": "urls", "tables": len(self._tables), "bytes": size, "listing": digest.hexdigest(), **settings}
 
