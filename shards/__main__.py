@@ -130,7 +130,10 @@ def list_(
 def gallery(
     url: Url,
     limit: Annotated[int, typer.Option(min=1, help="Samples on the page, spread evenly over the dataset.")] = 1000,
-    size: Annotated[int, typer.Option(min=64, max=1024, help="Longer side of each picture, in pixels.")] = 256,
+    size: Annotated[
+        int | None,
+        typer.Option(min=64, max=1024, help="Longer side of each picture, in pixels.", show_default="by their number"),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Writes URL/gallery.html: one page, without network, with samples, maps, figures and failures."""

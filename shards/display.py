@@ -98,7 +98,8 @@ def sheet(rows: Sequence[Row], size_px: int = 256) -> Image.Image:
     names = [name for name in INTRINSICS if any(name in maps for _, maps, _ in rows)]
     pad, gap = max(12, size_px // 16), max(4, size_px // 48)
     heading, text = (ImageFont.load_default(size=max(10, round(size_px * share))) for share in (0.055, 0.06))
-    width = 2 * pad + (size_px + gap) * (1 + len(names)) - gap
+    column_px = min(size_px, max(max(image.shape[:2]) for image, _, _ in rows)) + gap
+    width = 2 * pad + column_px * (1 + len(names)) - gap
     drawn = []
     for image, maps, caption in rows:
         pictures: list[Image.Image | None] = [fit(image, size_px)]
@@ -109,13 +110,13 @@ def sheet(rows: Sequence[Row], size_px: int = 256) -> Image.Image:
     canvas = Image.new("RGB", (width, 2 * pad + line_px + sum(heights)), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(["image", *names]):
-        draw.text((pad + column * (size_px + gap), pad), name, _MUTED, heading)
+        draw.text((pad + column * column_px, pad), name, _MUTED, heading)
     y = pad + line_px
     for (pictures, lines), height in zip(drawn, heights, strict=True):
         below = y + max(p.height for p in pictures if p)
         for column, shown in enumerate(pictures):
             if shown:
-                canvas.paste(shown, (pad + column * (size_px + gap), y))
+                canvas.paste(shown, (pad + column * column_px, y))
         for number, words in enumerate(lines):
             draw.text((pad, below + round((number + 0.2) * line_px)), words, _INK, text)
         y += height
