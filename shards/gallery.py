@@ -150,7 +150,7 @@ def _bars(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
             for label, text in intrinsic_rows(name, found)
         ]  # fmt: skip
         if name in ("segmentation", "line"):  # figures of different kinds: a bar would compare what cannot be compared
-            rows = [row | {"part": 0} for row in rows]
+            rows = [row | {"part": None} for row in rows]
         groups.append({"title": name.capitalize(), "rows": rows})
     groups.append({"title": "Bytes per sample", "rows": _rows(figures["bytes_per_sample"], size)})
     resolutions = dict(list(figures["resolutions"].items())[:12])
