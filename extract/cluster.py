@@ -1,22 +1,30 @@
-"""Workers on Ray: started, replaced when they die, and asked one unit at a time."""
+"""Workers on Ray: started, replaced when they die, and asked one question at a time."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from extract.killers import Inquiry
 from extract.sources import Unit
 from extract.worker import THREAD_VARIABLES, Outcome, Worker, WorkerSetup
 from shards.cli import DEBUG_VARIABLE
 from shards.errors import UserError
 
-DEATHS_BEFORE_PROBING = 2
+DEATHS_BEFORE_INQUIRY = 2
 MAX_DEATHS = 20
+ATTEMPTS = 2  # at a unit that ends with a sentence: what stopped it may have passed
+MAX_FAILED_STARTS = 10
+POLL_S = 1.0
+LOOK_S = 10.0  # between two looks at how many nodes there are
 
 
 @contextmanager
@@ -33,14 +41,27 @@ def connected(address: str, workers: int) -> Iterator[None]:
     else:
         options["runtime_env"] = {"env_vars": variables}
     try:
-        ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        with _signal_handlers_kept():
+            ray.init(address=address, **options)
+    except UserError:
+        raise  # a signal
+    except Exception as error:  # Ray has no base class for what can go wrong here, a plain Exception among it
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"Ray cannot be reached at address {address!r}: {message}") from error
+        what = "Ray did not start on this machine" if address == "local" else f"Ray cannot be reached at {address!r}"
+        raise UserError(f"{what}: {message}; try the same command again, --debug shows more") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray puts its own handler of SIGTERM in place of ours."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def cluster_size(cpus: float, gpus: float) -> int:
@@ -50,121 +71,249 @@ def cluster_size(cpus: float, gpus: float) -> int:
     return max(1, min(by_gpu, int(there.get("CPU", 1) / cpus)))
 
 
+# ---- what workers are asked ------------------------------------------------------------------------------------------
+
+
+class Question(Protocol):
+    """Something that a worker is asked; it may be asked again of another one."""
+
+    def ask(self, worker: Any) -> Any:
+        """Sends the question; returns the reference of the answer."""
+        ...
+
+
 @dataclass
 class Job:
-    """A unit on its way: how often a worker died with it, and the positions that are known to kill."""
+    """A unit on its way: how often a worker died with it or complained, and the positions that are known to kill."""
 
     unit: Unit
     made: dict[str, Any]
     deaths: int = 0
+    problems: int = 0
     skip: tuple[int, ...] = ()
+
+    def ask(self, worker: Any) -> Any:
+        return worker.run.remote(self.unit, self.made, self.skip)
+
+
+@dataclass
+class Search:
+    """The search for the inputs of a job that kill their worker."""
+
+    job: Job
+    inquiry: Inquiry = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inquiry = Inquiry(f"unit {self.job.unit.index}")
+
+    def ask(self, worker: Any) -> Any:
+        start, stop = self.inquiry.question or (0, 0)
+        return (
+            worker.probe.remote(self.job.unit, start, stop, self.job.skip)
+            if stop
+            else worker.count.remote(self.job.unit)
+        )
+
+
+# ---- the workers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Died:
+    """In place of an answer: the worker died, alone or with its node."""
 
 
 class Pool:
-    """A fixed number of workers. A worker that dies, alone or with its node, is replaced and its job comes back."""
+    """Up to `size` workers. Questions go only to workers that have started, so that none waits for a node that is gone."""
 
     def __init__(self, setup: WorkerSetup, size: int, *, cpus: float, gpus: float) -> None:
+        self.size = size
         self._reference = ray.put(setup)
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
-        self._actor: Any = ray.remote(Worker)
-        self._options = options
+        self._actor: Any = ray.remote(Worker).options(**options)
+        self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[Any, Job]] = {}
-        self._size = size
+        self._busy: dict[Any, tuple[Any, Question]] = {}
+        self._failed_starts = 0
+        self._asked: dict[Any, Any] = {}  # worker -> reference of its progress
+        self._last_poll, self._counts = 0.0, dict[Any, tuple[int, int]]()
 
     @property
-    def free(self) -> int:
-        """Workers without a job, those not started yet included."""
-        return self._size - len(self._busy)
+    def idle(self) -> int:
+        return len(self._idle)
 
     @property
     def busy(self) -> int:
         return len(self._busy)
 
-    def _start(self) -> Any:
-        return self._actor.options(**self._options).remote(self._reference)
+    def start(self, wanted: int) -> None:
+        """Starts workers until there are `wanted`, at most `size`, with or without work."""
+        for _ in range(min(wanted, self.size) - len(self._starting) - len(self._idle) - len(self._busy)):
+            worker = self._actor.remote(self._reference)
+            self._starting[worker.progress.remote()] = worker
 
-    def submit(self, job: Job) -> None:
-        """Gives a job to a free worker; starts one if need be."""
-        worker = self._idle.pop() if self._idle else self._start()
-        self._busy[worker.run.remote(job.unit, job.made, job.skip)] = worker, job
+    def ask(self, question: Question) -> None:
+        """Hands a question to an idle worker."""
+        worker = self._idle.pop()
+        self._busy[question.ask(worker)] = worker, question
 
-    def wait(self, seconds: float) -> list[tuple[Job, Outcome | None]]:
-        """Jobs that ended within the time: with their outcome, or None where the worker died."""
-        if not self._busy:
-            return []
-        ready, _ = ray.wait(list(self._busy), num_returns=1, timeout=seconds)
-        ended: list[tuple[Job, Outcome | None]] = []
+    def wait(self, seconds: float) -> list[tuple[Question, Any]]:
+        """Questions that were answered within the time, or whose worker Died. Raises UserError if workers cannot start."""
+        ready, _ = ray.wait([*self._busy, *self._starting], num_returns=1, timeout=seconds)
+        ended: list[tuple[Question, Any]] = []
         for reference in ready:
-            worker, job = self._busy.pop(reference)
+            if reference in self._starting:
+                self._welcome(self._starting.pop(reference), reference)
+                continue
+            worker, question = self._busy.pop(reference)
+            self._counts.pop(worker, None)
             try:
-                ended.append((job, ray.get(reference)))
+                ended.append((question, ray.get(reference)))
                 self._idle.append(worker)
             except RayActorError:
-                ended.append((job, None))
+                ray.kill(worker)  # it may be out of reach only; its unit is somebody else's from now on
+                ended.append((question, Died()))
             except RayError as error:
-                raise UserError(f"unit {job.unit.index} failed in a way that is a bug: {_cause(error)}") from error
+                raise UserError(f"a worker failed in a way that is a bug: {_cause(error)}") from error
         return ended
 
-    def progress(self) -> tuple[int, int]:
-        """Inputs done and failed in the units at work, as far as the workers answer at once."""
-        asked = [worker.progress.remote() for worker, _ in self._busy.values()]
-        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=0.2) if asked else ([], [])
-        done = failed = 0
-        for reference in ready:
-            try:
-                counts = ray.get(reference)
-            except RayError:
-                continue  # a worker that has just died: wait() will say so
-            done, failed = done + counts[0], failed + counts[1]
-        return done, failed
-
-    # ---- an input that kills its worker ------------------------------------------------------------------------------
-
-    def killers(self, job: Job) -> tuple[int, ...]:
-        """The positions in a unit whose inputs kill a worker that processes them alone, twice; found by bisection."""
-        count = self._disposable(job, "count")
-        if count is None:
-            raise UserError(
-                f"reading unit {job.unit.index} kills the worker; its inputs are {str(job.unit.items)[:200]}: take them out"
-            )
-        found: list[int] = []
-        spans = [(0, count)]
-        while spans:
-            start, stop = spans.pop()
-            if start >= stop or self._survives(job, start, stop):
-                continue
-            if stop - start == 1:
-                if not self._survives(job, start, stop):
-                    found.append(start)
-            else:
-                middle = (start + stop) // 2
-                spans += [(middle, stop), (start, middle)]
-        return tuple(sorted(found))
-
-    def _survives(self, job: Job, start: int, stop: int) -> bool:
-        problem = self._disposable(job, "probe", start, stop)
-        if problem:
-            raise UserError(problem)
-        return problem is not None
-
-    def _disposable(self, job: Job, method: str, *arguments: int) -> Any:
-        """The answer of a worker made for one question; None if it died of it."""
-        if self._idle:  # make room
-            ray.kill(self._idle.pop())
-        worker = self._start()
+    def _welcome(self, worker: Any, reference: Any) -> None:
         try:
-            return ray.get(getattr(worker, method).remote(job.unit, *arguments))
-        except RayActorError:
-            return None
+            ray.get(reference)
+        except RayActorError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise UserError(
+                    f"{self._failed_starts} workers in a row died while they started; try fewer --workers if memory is "
+                    f"short: {_cause(error)}"
+                ) from error
+            return
         except RayError as error:
-            raise UserError(f"unit {job.unit.index} failed in a way that is a bug: {_cause(error)}") from error
-        finally:
-            ray.kill(worker)
+            raise UserError(f"a worker could not start: {_cause(error)}") from error
+        self._failed_starts = 0
+        self._idle.append(worker)
+
+    def progress(self) -> tuple[int, int]:
+        """Inputs done and failed in the units at work, as last heard; asks for news at most once in POLL_S, never waits."""
+        now = time.monotonic()
+        if now - self._last_poll >= POLL_S:
+            self._last_poll = now
+            self._hear()
+            for worker, question in self._busy.values():
+                if isinstance(question, Job) and worker not in self._asked:
+                    self._asked[worker] = worker.progress.remote()
+        return sum(done for done, _ in self._counts.values()), sum(failed for _, failed in self._counts.values())
+
+    def _hear(self) -> None:
+        if not self._asked:
+            return
+        ready, _ = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=0)
+        at_work = {worker for worker, _ in self._busy.values()}
+        for worker, reference in list(self._asked.items()):
+            if reference in ready:
+                del self._asked[worker]
+                try:
+                    counts = ray.get(reference)
+                except RayError:
+                    continue  # a worker that has just died: wait() will say so
+                if worker in at_work:
+                    self._counts[worker] = counts
 
 
 def _cause(error: RayError) -> str:
     if os.environ.get(DEBUG_VARIABLE):
         print(error, file=sys.stderr)
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__) + " (--debug shows more)"
+    return (lines[-1] if lines else type(error).__name__).strip() + " (--debug shows more)"
+
+
+# ---- the work --------------------------------------------------------------------------------------------------------
+
+
+class Listener(Protocol):
+    """Who wants to know how the work goes."""
+
+    def finished(self, unit: Unit, outcome: Outcome) -> None: ...
+
+    def working(self, done: int, failed: int) -> None: ...
+
+    def say(self, sentence: str) -> None: ...
+
+
+@dataclass
+class Dispatcher:
+    """Keeps the workers of a pool busy until all jobs are done. Nothing that one unit suffers stops the others.
+
+    capacity: how many workers there is room for, asked from time to time as nodes come and go; None if that is fixed.
+    """
+
+    pool: Pool
+    jobs: Iterator[Job]
+    listener: Listener
+    capacity: Callable[[], int] | None = None
+    _last_look: float = 0.0
+    _again: list[Question] = field(default_factory=list)
+    _exhausted: bool = False
+
+    def work(self, first: Job) -> None:
+        """Does `first` and all jobs. Raises UserError with a sentence where a unit cannot be done."""
+        self._again = [first]
+        while self._again or self.pool.busy or not self._exhausted:
+            self._look_for_nodes()
+            self.pool.start(self.pool.size if not self._exhausted else self.pool.busy + len(self._again))
+            while self.pool.idle and (question := self._next()) is not None:
+                self.pool.ask(question)
+            if not self.pool.busy and not self._again and self._exhausted:
+                return
+            for question, answer in self.pool.wait(POLL_S):
+                if isinstance(question, Search):
+                    self._searched(question, answer)
+                elif isinstance(question, Job):
+                    self._ended(question, answer)
+            self.listener.working(*self.pool.progress())
+
+    def _look_for_nodes(self) -> None:
+        if self.capacity is not None and time.monotonic() - self._last_look > LOOK_S:
+            self._last_look = time.monotonic()
+            self.pool.size = self.capacity()
+
+    def _next(self) -> Question | None:
+        if self._again:
+            return self._again.pop()
+        job = None if self._exhausted else next(self.jobs, None)
+        self._exhausted = job is None
+        return job
+
+    def _ended(self, job: Job, answer: Outcome | Died) -> None:
+        index = job.unit.index
+        if isinstance(answer, Died):
+            job.deaths += 1
+            self.listener.say(f"a worker died with unit {index}; its unit is done again")
+            if job.deaths >= MAX_DEATHS:
+                raise UserError(
+                    f"unit {index} lost its worker {job.deaths} times, and none of its inputs is to blame alone; look at "
+                    "the memory and the logs of its nodes, or try fewer --workers"
+                )
+            self._again.append(Search(job) if job.deaths % DEATHS_BEFORE_INQUIRY == 0 else job)
+        elif answer.problem:
+            job.problems += 1
+            if job.problems >= ATTEMPTS:
+                raise UserError(answer.problem)
+            self._again.append(job)
+        else:
+            self.listener.finished(job.unit, answer)
+
+    def _searched(self, search: Search, answer: Any) -> None:
+        """Goes on with a search; at its end the job is done again without its killers."""
+        if isinstance(answer, str) and answer:
+            raise UserError(answer)
+        died = isinstance(answer, Died)
+        search.inquiry.answer(survived=not died, count=answer if isinstance(answer, int) else 0)
+        if search.inquiry.question is not None:
+            self._again.append(search)
+            return
+        job, killers = search.job, search.inquiry.killers
+        if killers:
+            self.listener.say(f"unit {job.unit.index}: {len(killers)} input(s) kill their worker; listed as failures")
+            job.skip = tuple(sorted({*job.skip, *killers}))
+        self._again.append(job)

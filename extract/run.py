@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -89,7 +90,9 @@ def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[
                 if config.run.address != "local" or gpus:
                     size = config.run.workers or cluster.cluster_size(1, gpus)
                 pool = cluster.Pool(setup, size, cpus=1, gpus=gpus)
-                _work(pool, first, jobs, summary, counts, reporter)
+                grows = config.run.address != "local" and not config.run.workers
+                capacity = partial(cluster.cluster_size, 1, gpus) if grows else None
+                cluster.Dispatcher(pool, jobs, _Tally(summary, counts, reporter), capacity).work(first)
     summary.shards = len(counts)
     summary.seconds = time.monotonic() - begin
     _close(folder, info, summary, counts)
@@ -178,45 +181,25 @@ def _count(summary: Summary, counts: dict[int, int], unit: Unit, mark_counts: di
 # ---- the work --------------------------------------------------------------------------------------------------------
 
 
-def _work(
-    pool: Any, first: Any, jobs: Iterator[Any], summary: Summary, counts: dict[int, int], reporter: Reporter
-) -> None:
-    """Keeps every worker busy until all jobs are done."""
-    from extract.cluster import DEATHS_BEFORE_PROBING, MAX_DEATHS
+@dataclass
+class _Tally:
+    """Listens to the work: counts what is finished, and tells the person who waits."""
 
-    waiting = [first]
-    while True:
-        while pool.free:
-            job = waiting.pop() if waiting else next(jobs, None)
-            if job is None:
-                break
-            pool.submit(job)
-        if not pool.busy:
-            return
-        for job, outcome in pool.wait(0.5):
-            if outcome is None:
-                job = replace(job, deaths=job.deaths + 1)
-                reporter.say(f"a worker died with unit {job.unit.index}; its unit is done again")
-                if job.deaths >= MAX_DEATHS:
-                    raise UserError(
-                        f"unit {job.unit.index} lost its worker {job.deaths} times; see the nodes' memory and logs"
-                    )
-                if job.deaths % DEATHS_BEFORE_PROBING == 0 and (skip := pool.killers(job)):
-                    reporter.say(f"unit {job.unit.index}: {len(skip)} input(s) kill their worker; listed as failures")
-                    job = replace(job, skip=tuple(sorted({*job.skip, *skip})))
-                waiting.append(job)
-            elif outcome.problem:
-                raise UserError(outcome.problem)
-            else:
-                _finish(job.unit, outcome, summary, counts, reporter)
-        reporter.working(*pool.progress())
+    summary: Summary
+    counts: dict[int, int]
+    reporter: Reporter
 
+    def finished(self, unit: Unit, outcome: Outcome) -> None:
+        _count(self.summary, self.counts, unit, outcome.counts)
+        self.summary.made += outcome.counts["in"]
+        self.summary.stages.update(outcome.timings)
+        self.reporter.advance(outcome.counts["in"], sum(outcome.counts["failed"].values()))
 
-def _finish(unit: Unit, outcome: Outcome, summary: Summary, counts: dict[int, int], reporter: Reporter) -> None:
-    _count(summary, counts, unit, outcome.counts)
-    summary.made += outcome.counts["in"]
-    summary.stages.update(outcome.timings)
-    reporter.advance(outcome.counts["in"], sum(outcome.counts["failed"].values()))
+    def working(self, done: int, failed: int) -> None:
+        self.reporter.working(done, failed)
+
+    def say(self, sentence: str) -> None:
+        self.reporter.say(sentence)
 
 
 def _close(folder: Folder, info: dict[str, Any], summary: Summary, counts: dict[int, int]) -> None:

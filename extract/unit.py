@@ -4,14 +4,17 @@ Reading and decoding, estimating, and encoding overlap: a thread reads ahead, a 
 thread estimates. What goes into which batch is a function of the unit alone, so that the bytes never depend on timing.
 """
 
-import queue
-import threading
+import contextlib
+import dataclasses
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from extract.ahead import map_ahead
 from extract.estimators import Estimator
 from extract.images import ImageProblem, ImageRules, Prepared, prepare
 from extract.sources import Failure, RawSample, Source, Unit
@@ -26,6 +29,10 @@ from shards.storage import Folder
 from shards.writer import ShardWriter
 
 Maps = dict[str, IntrinsicMap]
+WINDOW_PIXELS = 1 << 23
+"""A window of images is closed once it has as many: like `window`, this decides which images share a batch."""
+AHEAD_BYTES = 256 << 20
+"""Not much more is read and decoded ahead of the estimators."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +121,20 @@ def make_shard(
         return writer.commit(timings | {"unit_s": round(time.perf_counter() - begin, 3)})
 
 
-def probe(unit: Unit, work: UnitWork, estimators: Sequence[Loaded], positions: range) -> None:
-    """Decodes and estimates only the inputs at these positions, and keeps nothing: to see whether one kills the process."""
+def probe(unit: Unit, work: UnitWork, estimators: Sequence[Loaded], positions: Container[int]) -> None:
+    """Works on the inputs at these positions alone, and keeps nothing: to see whether one of them kills the process."""
     for window in _windows(_items(unit, work, _AllBut(positions), Forgotten(), Progress()), work.window):
         _estimate(window, estimators, Progress())
+        for item in window:
+            if not item.failure:
+                with contextlib.suppress(SampleError, MapError):  # a failure like others, in the unit's own run
+                    _encode(item, work.members)
 
 
 class _AllBut:
     """Contains every position but those given."""
 
-    def __init__(self, positions: range) -> None:
+    def __init__(self, positions: Container[int]) -> None:
         self._positions = positions
 
     def __contains__(self, position: object) -> bool:
@@ -136,42 +147,34 @@ class _AllBut:
 def _items(
     unit: Unit, work: UnitWork, skip: Container[int], forgotten: Forgotten, progress: Progress
 ) -> Iterator[_Item]:
-    """The unit's inputs in order, decoded; a thread reads at most two windows ahead."""
-    ahead: queue.Queue[Any] = queue.Queue(maxsize=2 * work.window)
-    stop = threading.Event()
+    """The unit's inputs in order, decoded; read at most two windows ahead."""
 
-    def put(entry: Any) -> None:
-        while not stop.is_set():
-            try:
-                return ahead.put(entry, timeout=0.2)
-            except queue.Full:
-                continue
+    def inputs() -> Iterator[RawSample | Failure]:
+        outputs = iter(work.source.read(unit))
+        while True:
+            begin = time.perf_counter()
+            output = next(outputs, None)
+            progress.spent("read_s", begin)
+            if output is None:
+                return
+            yield output
 
-    def read() -> None:
-        try:
-            with ThreadPoolExecutor(work.threads, "decode") as pool:
-                inputs = iter(work.source.read(unit))
-                for position in range(1 << 62):
-                    begin = time.perf_counter()
-                    output = next(inputs, None)
-                    progress.spent("read_s", begin)
-                    if output is None or stop.is_set():
-                        break
-                    put(pool.submit(_decode, position, output, work.image, skip, forgotten, progress))
-            put(None)
-        except BaseException as error:  # handed to the thread that waits for the next item
-            put(error)
+    def decode(position: int, output: RawSample | Failure) -> _Item:
+        return _decode(position, output, work.image, skip, forgotten, progress)
 
-    reader = threading.Thread(target=read, name="read", daemon=True)
-    reader.start()
-    try:
-        while (entry := ahead.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            yield entry.result()
-    finally:
-        stop.set()
-        reader.join()
+    return map_ahead(
+        inputs(), decode, threads=work.threads, most=2 * work.window, most_bytes=AHEAD_BYTES, size_of=_size_of
+    )
+
+
+def _size_of(held: RawSample | Failure | _Item) -> int:
+    """About how many bytes an input holds, before or after it was decoded."""
+    if isinstance(held, RawSample):
+        return held.image.nbytes if isinstance(held.image, np.ndarray) else len(held.image)
+    if isinstance(held, _Item):
+        decoded = held.prepared.pixels.nbytes + len(held.prepared.member) if held.prepared else 0
+        return decoded + (_size_of(held.sample) if held.sample else 0)
+    return 0
 
 
 def _decode(
@@ -195,6 +198,7 @@ def _decode(
     else:
         try:
             item.prepared = prepare(output.image, rules)
+            item.sample = dataclasses.replace(output, image=b"")  # the source's bytes are not needed any more
         except ImageProblem as problem:
             item.fail("decode", problem.reason, problem.message)
     progress.spent("decode_s", begin)
@@ -202,12 +206,15 @@ def _decode(
 
 
 def _windows(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
+    """Windows of `size` inputs, or fewer if these have WINDOW_PIXELS together: maps take 22 bytes for each pixel."""
     window: list[_Item] = []
+    pixels = 0
     for item in items:
         window.append(item)
-        if len(window) == size:
+        pixels += item.prepared.pixels.size // 3 if item.prepared else 0
+        if len(window) == size or pixels >= WINDOW_PIXELS:
             yield window
-            window = []
+            window, pixels = [], 0
     if window:
         yield window
 

@@ -97,10 +97,10 @@ class Worker:
         """How many inputs a unit has."""
         return sum(1 for _ in self._setup.work.source.read(unit))
 
-    def probe(self, unit: Unit, start: int, stop: int) -> str:
-        """Decodes and estimates the inputs start..stop only; dies if one of them kills its worker."""
+    def probe(self, unit: Unit, start: int, stop: int, skip: Sequence[int]) -> str:
+        """Works on the inputs start..stop only, without those to skip; dies if one of them kills its worker."""
         if problem := self.load():
             return problem
         assert self._loaded is not None
-        probe(unit, self._setup.work, self._loaded, range(start, stop))
+        probe(unit, self._setup.work, self._loaded, frozenset(range(start, stop)) - frozenset(skip))
         return ""
