@@ -1,6 +1,5 @@
 """Generated images as a dataset of WebDataset shards: what `python -m shards`, training and any tar reader take."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from time import perf_counter
@@ -9,7 +8,7 @@ from typing import Any
 from infer.outputs import IMAGE, maker
 from infer.run_folder import Manifest
 from infer.work import Job, Painted, Request
-from shards.dataset import Dataset, write_info
+from shards.dataset import Dataset, add_counts, write_info
 from shards.errors import UserError
 from shards.intrinsics import INTRINSICS
 from shards.marks import DATASET, digest, shard_name
@@ -47,9 +46,9 @@ def write_dataset(
     painted = iter(paint([job for _, part in todo for job in part]))
     for index, part in todo:
         _write_shard(folder, index, part, painted, info, progress)
-    counts = [mark["counts"] for mark in Dataset.open(url).marks()]
-    totals = {"in": sum(c["in"] for c in counts), "ok": sum(c["ok"] for c in counts), "failed": dict(_failed(counts))}
-    write_info(folder, info | {"shards": len(counts), "totals": totals})
+    totals = add_counts(Dataset.open(url).marks())
+    write_info(folder, info | {"shards": len(totals["shards"]), "totals": totals})
+    folder.sweep()
     return sum(len(part) for _, part in todo)
 
 
@@ -100,10 +99,3 @@ def _write_shard(
             writer.add(sample.key, sample.members)
             progress(1)
         writer.commit({"total_s": perf_counter() - started})
-
-
-def _failed(counts: Iterable[dict[str, Any]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count["failed"])
-    return total

@@ -18,7 +18,7 @@ from PIL import Image
 from infer.denoiser import Share
 from infer.result import Generated
 from infer.run_folder import Manifest
-from infer.sheet import sheet
+from shards.display import sheet
 from shards.errors import UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 from shards.marks import digest
@@ -27,6 +27,7 @@ from shards.sample import Sample, encode_meta
 from shards.storage import Folder
 
 IMAGE = "png"
+SHEET_PX = 512  # the longer side of each picture of a sheet, at most
 
 
 def maker(manifest: Manifest) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def extra_files(made: Generated, index: int, base: Image.Image | None) -> dict[s
     """The sheet, and where they were asked for, the base model's picture and the attention shares."""
     files: dict[str, bytes] = {}
     if made.intrinsics:
-        shown = sheet(np.asarray(made.images[index]), made.intrinsics[index])
-        files["sheet.png"] = _png(Image.fromarray(shown))
+        rows = [(np.asarray(made.images[index]), made.intrinsics[index], made.prompts[index])]
+        files["sheet.png"] = _png(sheet(rows, size_px=min(SHEET_PX, max(made.images[index].size))))
     if base is not None:
         files["base.png"] = _png(base)
     if made.shares is not None:

@@ -187,16 +187,18 @@ def paint_all(
             yield from painter.paint(part)
         return
     on_gpu = (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    ours = not ray.is_initialized()
+    ours, painters = not ray.is_initialized(), list[Any]()
     if ours:
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
         actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=3, max_task_retries=3)(Painter)
-        painters = [actor.remote(request, None if on_gpu else 1) for _ in range(min(workers, len(batches)))]
+        painters += [actor.remote(request, None if on_gpu else 1) for _ in range(min(workers, len(batches)))]
         yield from _in_order(painters, batches)
     except RayTaskError as error:
         raise UserError(str(error.cause)) from error
     finally:
+        for painter in painters:
+            ray.kill(painter)
         if ours:
             ray.shutdown()
 
