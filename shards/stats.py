@@ -50,7 +50,7 @@ def by_place(mark: Mapping[str, Any]) -> list[str]:
 def stats(
     url: str, sample: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """The figures of the dataset at `url`, as a JSON object (see docs/dataset.md for every field).
+    """The figures of the dataset at `url`, as a JSON object; shares are 0..1, distributions are means over the samples.
 
     sample: how many samples are decoded (500 if None, 0 for none). progress is called with (decoded, to be decoded).
     """
@@ -143,6 +143,8 @@ def percentiles(values: list[int] | list[float]) -> dict[str, float]:
 
 def _scores(name: str, scores: list[tuple[float, str]]) -> dict[str, Any]:
     worst = sorted(scores, key=lambda item: (item[0] if name in _HIGH_IS_GOOD else -item[0], item[1]))[:WORST]
+    if len({score for score, _ in scores}) == 1:
+        worst = []  # all are alike: none is worse than the others
     return {
         "percentiles": percentiles([score for score, _ in scores]),
         "worst": [{"key": key, "score": score} for score, key in worst],
@@ -270,7 +272,9 @@ def render(figures: Mapping[str, Any]) -> RenderableType:
         quality = figures["quality"].items()
         scores = [(name, *map(number, found["percentiles"].values())) for name, found in quality]
         parts.append(_table("quality scores", columns, scores))
-        worst = [(name, ", ".join(item["key"] for item in found["worst"][:3])) for name, found in quality]
+        worst = [
+            (name, ", ".join(item["key"] for item in found["worst"][:3])) for name, found in quality if found["worst"]
+        ]
         parts.append(_table("the worst by each", ["", ""], worst))
         for name, found in figures["intrinsics"].items():
             parts.append(_table(name, ["", ""], intrinsic_rows(name, found)))
