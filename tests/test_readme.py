@@ -31,6 +31,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_every_command_and_python_line_works_in_the_order_of_the_page(clone: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for command in COMMANDS:

@@ -100,6 +100,7 @@ def save_demo_net(net: DemoNet, folder: Path) -> None:
     save_file(weights, folder / f".{WEIGHTS}.tmp")
     (folder / f".{CONFIG}.tmp").write_text(json.dumps(dataclasses.asdict(net.config), indent=1) + "\n")
     for name in (WEIGHTS, CONFIG):
+        (folder / f".{name}.tmp").chmod(0o644)  # safetensors makes files that only their owner reads
         (folder / f".{name}.tmp").replace(folder / name)
 
 
