@@ -55,7 +55,7 @@ def members_of(caption: str = "a floor", **fields: Any) -> dict[str, bytes]:
     return {**made, "json": encode_meta({"intrinsics": described})}
 
 
-def write_dataset(path: Path, *, shards: int = 2, per_shard: int = 2, change: Change | None = None) -> Folder:
+def write_dataset(path: Path | str, *, shards: int = 2, per_shard: int = 2, change: Change | None = None) -> Folder:
     """Samples s0-0, s0-1, s1-0, ... and one failure in each shard. change: gives other members for a key."""
     folder = Folder(path)
     folder.make()

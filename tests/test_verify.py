@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,7 +156,8 @@ def _members(**members: bytes) -> Callable[[str, dict[str, bytes]], dict[str, by
 
 
 def _described(**fields: dict[str, object]) -> Callable[[str, dict[str, bytes]], dict[str, bytes]]:
-    return _members(json=members_of(**fields)["json"])
+    changes: dict[str, Any] = dict(fields)
+    return _members(json=members_of(**changes)["json"])
 
 
 _COLUMNS = np.tile(np.arange(8, dtype=np.uint16), (6, 1))
@@ -190,7 +192,8 @@ def test_a_sample_that_breaks_the_format_is_named(
 
 def test_hostile_marks_are_problems_and_no_crash(folder: Folder) -> None:
     for field in ("counts", "index", "tar", "failures"):
-        for value in (None, [], {"a": 1}, "text"):
+        values: list[object] = [None, [], {"a": 1}, "text"]
+        for value in values:
             path = local(folder) / "000000.json"
             whole = path.read_bytes()
             reseal(path, **{field: value})
@@ -212,3 +215,12 @@ def test_the_command_exits_with_1_and_names_each_problem(folder: Folder) -> None
 def test_what_is_no_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no dataset"):
         verify(str(tmp_path))
+
+
+def test_a_dataset_in_an_object_store_is_verified_too(tmp_path: Path) -> None:
+    folder = write_dataset(f"memory://{tmp_path}")
+    assert problems(folder) == []
+    tar = folder.read("000001.tar")
+    folder.write("000001.tar", tar[:700] + bytes([tar[700] ^ 1]) + tar[701:])
+    assert any("000001.tar is damaged" in problem for problem in problems(folder))
+    folder.remove("")
