@@ -38,6 +38,8 @@ REASONS: dict[str, Reason] = {
     "caption_too_long": Reason("read", "the caption has more bytes than max_caption_bytes"),
     "bad_metadata": Reason("read", "the .json beside the image is not a JSON object, or its caption is not text"),
     "no_image": Reason("read", "a sample of a tar or dataset that has no image"),
+    "forgotten": Reason("read", "removed on request, by `python -m shards forget`; it never comes back"),
+    "outside": Reason("read", "a dataset that refers to an image outside its own folder"),
     "bad_tar": Reason("read", "the tar is damaged or ends too early; its whole samples before the damage were used"),
     "duplicate_member": Reason("read", "a sample of a tar has two members of one name"),
     "missing_in_tar": Reason("read", "img2dataset's table lists the sample as a success, but it is not in the tar"),
@@ -88,7 +90,13 @@ REASONS: dict[str, Reason] = {
     "too_elongated": Reason("decode", "the longer side is more than max_aspect times the shorter one"),
     "too_many_scans": Reason("decode", "a progressive JPEG of so many scans that decoding it would take minutes"),
     "out_of_memory": Reason("decode", "there was not enough memory to decode the image"),
+    "killed_worker": Reason("decode", "decoding or estimating this image killed its worker, alone with it, twice"),
+    # estimating
+    "estimator_failed": Reason(
+        "estimate", "an estimator could not cope with this image; its own words are in the message"
+    ),
     # storing the sample
+    "duplicate_key": Reason("encode", "an earlier input of the same shard has the same key"),
     "cannot_encode": Reason(
         "encode", "the image cannot be stored in the dataset's format (WebP, of very large images)"
     ),
