@@ -96,11 +96,14 @@ class Dataset:
     def failures(self, shard: str) -> Iterator[dict[str, Any]]:
         """The input samples of one shard that are not in its tar: key, stage, reason, message."""
         for number, line in enumerate(self.folder.read(f"{shard}.failed.jsonl").splitlines(), 1):
+            address = self.folder.address(f"{shard}.failed.jsonl")
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                address = self.folder.address(f"{shard}.failed.jsonl")
+                failure = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{address} line {number} is damaged: {error}") from error
+            if not isinstance(failure, dict) or set(failure) != {"key", "stage", "reason", "message"}:
+                raise UserError(f"{address} line {number} is damaged: it is no failure")
+            yield failure
 
 
 def _is_mark(name: str) -> bool:

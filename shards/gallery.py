@@ -17,7 +17,7 @@ from shards.dataset import Dataset
 from shards.display import fit, picture
 from shards.intrinsics import INTRINSICS
 from shards.sample import Sample
-from shards.stats import intrinsic_rows, number, size, spread, stats
+from shards.stats import intrinsic_rows, number, scores_of, size, spread, stats
 
 GALLERY = "gallery.html"
 PER_PAGE = 20
@@ -81,18 +81,12 @@ def _block(name: str, content: Any) -> str:
 
 def _entry(sample: Sample, names: list[str], thumb_px: int) -> tuple[dict[str, Any], list[str]]:
     """What the page's index says of a sample, and its pictures (base64 WebP), the image first."""
-    image, described = sample.image(), sample.meta.get("intrinsics")
-    quality = described.get("quality") if isinstance(described, dict) else None
-    scores = {
-        name: score
-        for name, score in (quality.items() if isinstance(quality, dict) else ())
-        if isinstance(score, int | float) and np.isfinite(score)
-    }
+    image = sample.image()
     entry = {
         "key": sample.key,
         "caption": sample.caption[:_MAX_TEXT],
         "size": [image.shape[1], image.shape[0]],
-        "quality": scores,
+        "quality": scores_of(sample),
     }
     pictures = [image, *(picture(name, sample.map(name), image) for name in names)]
     return entry, [_webp(pixels, thumb_px) for pixels in pictures]

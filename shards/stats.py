@@ -114,13 +114,9 @@ class _Gather:
         self._empty += not caption.strip()
         described = sample.meta.get("intrinsics")
         described = described if isinstance(described, dict) else {}
-        size = (described.get("image") or {}).get("size")
-        if size is None:
-            size = sample.image().shape[1::-1]
-        self._resolutions[f"{size[0]} x {size[1]}"] += 1
-        for name, score in (described.get("quality") or {}).items():
-            if isinstance(score, int | float):
-                self._quality.setdefault(name, []).append((float(score), sample.key))
+        self._resolutions["{} x {}".format(*_size(sample, described.get("image")))] += 1
+        for name, score in scores_of(sample).items():
+            self._quality.setdefault(name, []).append((score, sample.key))
         for name in sample.intrinsics:
             self._maps.setdefault(name, []).append(_DESCRIBE[name](sample.map(name)))
 
@@ -131,6 +127,23 @@ class _Gather:
             "quality": {name: _scores(name, scores) for name, scores in self._quality.items()},
             "intrinsics": {name: _ADD[name](self._maps[name]) for name in INTRINSICS if name in self._maps},
         }
+
+
+def _size(sample: Sample, described: Any) -> tuple[int, int]:
+    """(width, height) as json states it; decoded from the image where it does not."""
+    size = described.get("size") if isinstance(described, dict) else None
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(length, int) for length in size):
+        return size[0], size[1]
+    height, width = sample.image().shape[:2]
+    return width, height
+
+
+def scores_of(sample: Sample) -> dict[str, float]:
+    """The quality scores in a sample's json that are finite numbers; what else is there is left out."""
+    described = sample.meta.get("intrinsics")
+    quality = described.get("quality") if isinstance(described, dict) else None
+    found = quality.items() if isinstance(quality, dict) else ()
+    return {name: float(score) for name, score in found if isinstance(score, int | float) and abs(score) < 1e300}
 
 
 def percentiles(values: list[int] | list[float]) -> dict[str, float]:

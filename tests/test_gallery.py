@@ -44,6 +44,17 @@ def test_hostile_text_reaches_the_page_as_data_only(tmp_path: Path) -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", code)
 
 
+def test_metadata_that_nobody_expects_does_not_break_page_or_figures(tmp_path: Path) -> None:
+    def change(key: str, made: dict[str, bytes]) -> dict[str, bytes]:
+        meta = json.loads(made["json"])
+        meta["intrinsics"] |= {"image": ["x"], "quality": {"a": float("nan"), "b": "many", "c": 10**400, "segments": 2}}
+        return made | {"json": json.dumps(meta).encode()}
+
+    page = Path(write_gallery(write_dataset(tmp_path / "data", change=change).url)).read_text()
+    assert blocks(page)["index"][0]["quality"] == {"segments": 2.0}  # type: ignore[index]
+    assert "NaN" not in page and "8 x 6" in page
+
+
 def test_every_sample_has_its_image_and_four_maps(tmp_path: Path) -> None:
     page = Path(write_gallery(write_dataset(tmp_path / "data").url)).read_text()
     found = blocks(page)
