@@ -160,15 +160,21 @@ def forget(
     """Removes samples for good, for instance on a person's request: now, and from every later run into this folder.
 
     Only the shards concerned are written again. The same command again is harmless.
-    Next: `python -m shards gallery URL`, since an older page may still show them.
+    A gallery page of the dataset is removed, since it may show them; `python -m shards gallery URL` writes a new one.
     """
     from shards.forget import Forgotten
     from shards.forget import forget as remove
+    from shards.gallery import GALLERY
+    from shards.storage import Folder
 
     wanted = Forgotten.of(key or [], image_url or [], hash_ or [])
     with _bar("searching") as bar:
         task = bar.add_task("searching", total=None)
         summary = remove(url, wanted, lambda shard: bar.advance(task))
+    folder = Folder(url)
+    if folder.exists(GALLERY):
+        folder.remove(GALLERY)
+        print(f"{GALLERY} removed too; `python -m shards gallery {url}` writes a new one")
     print(f"{summary.samples} samples removed, {summary.shards} shards written again")
 
 

@@ -10,12 +10,15 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from shards.__main__ import app
 from shards.dataset import Dataset
 from shards.display import colour_table, depth_picture, line_picture, picture, segmentation_picture, sheet
 from shards.gallery import write_gallery
 from shards.intrinsics import INTRINSICS, IntrinsicMap, encode_png
 from shards.storage import Folder
+from shards.verify import verify
 from tests.labelled import maps, members_of, write_dataset
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \U0001f600"
@@ -69,6 +72,15 @@ def test_a_page_with_fewer_samples_says_so_and_spreads_them(tmp_path: Path) -> N
     found = blocks(Path(write_gallery(folder.url, limit=3)).read_text())
     assert "shows 3 samples, spread evenly" in found["about"]["shown"]  # type: ignore[index]
     assert [entry["key"] for entry in found["index"]] == ["s0-0", "s1-0", "s2-0"]  # type: ignore[attr-defined]
+
+
+def test_forgetting_a_sample_removes_the_page_that_shows_it(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data")
+    page = Path(write_gallery(folder.url))
+    result = CliRunner().invoke(app, ["forget", folder.url, "--key", "s0-1"])
+    assert result.exit_code == 0 and "1 samples removed" in result.output and not page.exists()
+    assert CliRunner().invoke(app, ["gallery", folder.url]).output.strip() == str(page)
+    assert "s0-1" not in str(blocks(page.read_text())["index"]) and verify(folder.url).problems == []
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
