@@ -29,7 +29,13 @@ LOOK_S = 10.0  # between two looks at how many nodes there are
 
 @contextmanager
 def connected(address: str, workers: int) -> Iterator[None]:
-    """Ray, started on this machine for the run (`local`), or joined at an address (`auto`, HOST:PORT)."""
+    """Ray, started on this machine for the run (`local`), or joined at an address (`auto`, HOST:PORT).
+
+    A program that has Ray already keeps the one that it has.
+    """
+    if ray.is_initialized():
+        yield
+        return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     debug = bool(os.environ.get(DEBUG_VARIABLE))
     variables = dict.fromkeys(THREAD_VARIABLES, "1")

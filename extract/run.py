@@ -111,10 +111,12 @@ def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[
 def _describe(folder: Folder, config: ExtractConfig, source: Source, tasks: Sequence[Task]) -> dict[str, Any]:
     """dataset.json for this run. Raises UserError if the folder holds a dataset of other images."""
     made = {name: fingerprint(task.row) for task in tasks for name in task.intrinsics}
-    described = {"source": source.describe(), **config.identity()}
+    described = {"source": source.describe(), **config.identity(), "limit": config.run.limit}
     if folder.exists(DATASET):
         old = Dataset.open(folder.url).info
-        differing = sorted(key for key in described if described[key] != old["config"].get(key))
+        differing = sorted(key for key in described if key != "limit" and described[key] != old["config"].get(key))
+        if _beyond(old["config"].get("limit"), config.run.limit):
+            differing.append("limit")  # it may grow only: shards are never taken away
         if differing:
             names = ", ".join(f"{key} ({_difference(old['config'].get(key), described[key])})" for key in differing)
             raise UserError(
@@ -134,6 +136,11 @@ def _describe(folder: Folder, config: ExtractConfig, source: Source, tasks: Sequ
         "shards": None,
         "totals": None,
     }
+
+
+def _beyond(old: int | None, new: int | None) -> bool:
+    """Whether a limit (None: no limit) lets more inputs in than another."""
+    return new is not None and (old is None or old > new)
 
 
 def _difference(old: Any, new: Any) -> str:
