@@ -79,6 +79,8 @@ SHARES = {
     "cyrillic": 10,
     "short caption": 5,
     "too small": 10,
+    "elongated": 5,
+    "no such host": 3,
 }
 
 
@@ -110,12 +112,13 @@ def table(rows: Sequence[str], first: int, port: int, generator: np.random.Gener
             "decimal address": f"http://2130706433:{port}/ok/{number}.jpg",
             "loopback name": f"http://localhost:{port}/ok/{number}.jpg",
             "closed port": f"http://127.0.0.1:9/{number}.jpg",
+            "no such host": f"http://host{number}.invalid/{number}.jpg",
             "not https": f"https://{host}/ok/{number}.jpg",
             "no url": None,
             "ftp": f"ftp://{host}/{number}.jpg",
             "same url": f"http://{HOSTS[0]}:{port}/ok/0.jpg",
         }
-        path = sort if " " not in sort and sort not in ("ok", "unsafe", "watermark", "cyrillic") else "ok"
+        path = sort if " " not in sort and sort not in ("ok", "unsafe", "watermark", "cyrillic", "elongated") else "ok"
         urls.append(told.get(sort, f"http://{host}/{path}/{number}.jpg"))
         captions.append(
             {"cyrillic": "красный шар на столе", "short caption": "x"}.get(sort, f"A photograph, number {number}")
@@ -123,7 +126,7 @@ def table(rows: Sequence[str], first: int, port: int, generator: np.random.Gener
         score[place] = 5.5 if sort == "low score" else score[place]
         unsafe[place] = 0.95 if sort == "unsafe" else unsafe[place]
         watermark[place] = 0.95 if sort == "watermark" else watermark[place]
-        sizes[place] = (120, 90) if sort == "too small" else sizes[place]
+        sizes[place] = {"too small": (120, 90), "elongated": (2000, 300)}.get(sort, sizes[place])
     return pa.table(
         {
             "URL": pa.array(urls, pa.string()),

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import laion_like
 from extract.config import load_extract_config
 from extract.download import DownloadSettings
 from extract.filters import Filters
@@ -24,8 +26,10 @@ from extract.sources import Failure, RawSample
 from extract.sources.table import open_source
 from extract.sources.url_tables import Cut, Table, plain
 from extract.sources.urls import UrlSource
+from extract.unit import UnitWork, make_shard
 from shards.errors import UsageError, UserError
 from shards.sample import KEY
+from shards.storage import Folder
 from tests.web import Web, photograph
 
 Make = Callable[..., UrlSource]
@@ -210,6 +214,50 @@ def test_two_units_can_be_read_at_once(web: Web, make: Make, tmp_path: Path) -> 
     left, right = (source.read(unit) for unit in source.units(20))
     keys = [output.key for pair in zip(left, right, strict=True) for output in pair]
     assert sorted(keys) == [f"00000-{number:09d}" for number in range(40)]
+
+
+def test_a_laion_shaped_table_is_conserved_to_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(laion_like, "HOSTS", ["127.0.0.1"])
+    monkeypatch.delitem(laion_like.SHARES, "no such host")  # tests ask no name server
+    with Web([photograph(number, (96, 80)) for number in range(4)], distinct=True).serving() as web:
+        laion_like.write(tmp_path / "tables", 1000, web.port)
+        config = load_extract_config(str(tmp_path / "tables/laion_like.toml"), str(tmp_path / "out"), {})
+        limits = {
+            "allow_hosts": ["127.0.0.1"],
+            "per_host": 64,
+            "idle_timeout_s": 0.3,
+            "total_timeout_s": 0.6,
+            "retries": 1,
+        }
+        source = open_source({**config.source, "download": {**limits, "backoff_s": 0.01}})
+        assert isinstance(source, UrlSource)
+        work = UnitWork(source=source, image=config.image, members=("jpg", "txt", "json"), threads=2, window=16)
+        folder = Folder(config.out)
+        folder.make()
+        counts = [make_shard(folder, unit, work, [], made={})["counts"] for unit in source.units(250)]
+        source.close()
+    expected = json.loads((tmp_path / "tables/expected.json").read_text())
+    failed = sum((Counter(count["failed"]) for count in counts), Counter())
+    assert sum(count["in"] for count in counts) == sum(count["ok"] for count in counts) + failed.total() == 1000
+    assert failed["not_found"] == expected["404"] + expected["410"]
+    assert failed["filtered_aesthetic"] == expected["low score"]
+    assert failed["filtered_aspect"] == expected["elongated"]
+    assert failed["opted_out"] == expected["noai"]
+    assert failed["not_an_image"] == expected["html"]
+    refused = ("private", "metadata", "mapped", "decimal address", "loopback name")
+    assert failed["forbidden_address"] == sum(expected[sort] for sort in refused)
+    assert failed.keys() >= {
+        *(
+            "filtered_size",
+            "filtered_unsafe",
+            "filtered_watermark",
+            "filtered_caption_script",
+            "filtered_caption_length",
+        ),
+        *("duplicate_url", "duplicate_content", "bad_url", "bad_row", "connect_failed", "timeout", "connection_lost"),
+        *("server_error", "too_many_requests", "access_denied", "http_error", "bad_redirect", "too_many_redirects"),
+        *("content_encoded", "too_many_bytes", "empty", "unsupported_format", "truncated"),
+    }
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
