@@ -30,7 +30,7 @@ COMMAND = (
     "demo",
     "--no-gallery",
     "--limit",
-    "24",
+    "60",
     "--shard-size",
     "6",
     "--size",
@@ -73,14 +73,24 @@ def workers_of(driver: int) -> list[int]:
     return [pid for pid, name in names.items() if name.startswith(b"ray::Worker") and below(pid)]
 
 
+def _sleep(driver: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """Waits, but not for a driver that has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and driver.poll() is None:
+        time.sleep(0.005)
+
+
 def disturb(out: Path, workers: int, estimators: str, rng: random.Random, longest_s: float) -> str:
     """Starts a run and kills its driver or one of its workers at a random moment; returns what was killed."""
     log = out.with_suffix(".log").open("ab")
     driver = subprocess.Popen(command(out, workers, estimators), stdout=log, stderr=log, start_new_session=True)
-    moment = time.monotonic() + rng.uniform(0.5, longest_s)
     victim = rng.choice(("driver", "worker"))
-    while time.monotonic() < moment and driver.poll() is None:
-        time.sleep(0.02)
+    if victim == "driver" and rng.random() < 0.3:  # anywhere, which is mostly while Ray starts
+        _sleep(driver, rng.uniform(0.5, longest_s))
+    else:  # while shards are written
+        while driver.poll() is None and not (out / ".writing").exists():
+            time.sleep(0.005)
+        _sleep(driver, rng.uniform(0, longest_s / 4))
     killed = "nothing (it had ended)"
     if driver.poll() is None and victim == "worker" and (pids := workers_of(driver.pid)):
         os.kill(rng.choice(pids), signal.SIGKILL)

@@ -27,7 +27,7 @@ from shards.errors import TooManyFailures, UserError
 from shards.intrinsics import INTRINSICS
 from shards.marks import DATASET, digest, shard_name
 from shards.sample import member_names
-from shards.storage import Folder
+from shards.storage import WRITING, Folder
 from shards.writer import read_mark, recover
 
 
@@ -164,14 +164,15 @@ def _open_jobs(
     """The jobs that are not done yet, lazily and in order; those that are done are counted."""
     from extract.cluster import Job
 
-    committed = {name for name in folder.list() if name.endswith(".json")}
+    begun = _begun(folder)  # all others need not be looked for, which would cost an object store several requests each
     ids = {name: row["id"] for name, row in info["estimators"].items()}
     for unit in source.units(config.run.shard_size, config.run.limit):
         made = {"unit": digest({"items": unit.items}), "estimators": ids}
-        recover(folder, shard_name(unit.index))
-        if f"{shard_name(unit.index)}.json" in committed or folder.exists(f"{shard_name(unit.index)}.json"):
-            mark = read_mark(folder, shard_name(unit.index))
-            if mark["made"] == made:
+        if unit.index in begun:
+            name = shard_name(unit.index)
+            recover(folder, name)
+            mark = read_mark(folder, name) if folder.exists(f"{name}.json") else None
+            if mark is not None and mark["made"] == made:
                 _count(summary, counts, unit, mark["counts"])
                 reporter.advance(mark["counts"]["in"], sum(mark["counts"]["failed"].values()), again=True)
                 continue
@@ -183,6 +184,13 @@ def _count(summary: Summary, counts: dict[int, int], unit: Unit, mark_counts: di
     summary.ok += mark_counts["ok"]
     summary.failed.update(mark_counts["failed"])
     counts[unit.index] = mark_counts["ok"]
+
+
+def _begun(folder: Folder) -> set[int]:
+    """The shards that are committed, or whose writer died while it did so."""
+    marks = (name.removesuffix(".json") for name in folder.list() if name.endswith(".json"))
+    winners = (name.removesuffix(".winner") for name in folder.list(WRITING) if name.endswith(".winner"))
+    return {int(stem) for stem in (*marks, *winners) if stem.isdigit()}
 
 
 # ---- the work --------------------------------------------------------------------------------------------------------
