@@ -56,7 +56,9 @@ def main(
     format: Annotated[str | None, typer.Option(help="jpg, png or webp.", show_default="jpg")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Inputs per shard.", show_default="1000")] = None,
     workers: Annotated[int | None, typer.Option(help="Workers.", show_default="one per core or GPU share")] = None,
-    threads: Annotated[int | None, typer.Option(help="Decoding threads of a worker.", show_default="2")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Decoding threads of a worker.", show_default="2, more beside a GPU")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="GPU share of a worker.", show_default="1")] = None,
     address: Annotated[

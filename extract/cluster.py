@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from extract.config import RunConfig
 from extract.killers import Inquiry
 from extract.sources import Unit
 from extract.worker import THREAD_VARIABLES, Outcome, Worker, WorkerSetup
@@ -24,6 +25,7 @@ MAX_DEATHS = 20
 ATTEMPTS = 2  # at a unit that ends with a sentence: what stopped it may have passed
 MAX_FAILED_STARTS = 10
 POLL_S = 1.0
+CPU_THREADS, GPU_THREADS = 2, 16  # of a worker, for decoding; the same again for encoding
 LOOK_S = 10.0  # between two looks at how many nodes there are
 
 
@@ -75,6 +77,32 @@ def cluster_size(cpus: float, gpus: float) -> int:
     there = ray.cluster_resources()
     by_gpu = int(there.get("GPU", 0) / gpus) if gpus else 1 << 30
     return max(1, min(by_gpu, int(there.get("CPU", 1) / cpus)))
+
+
+@dataclass(frozen=True)
+class Staff:
+    """How many workers there are, on what they compute, and what each gets."""
+
+    workers: int
+    device: str
+    gpus_per_worker: float
+    threads: int
+
+
+def plan_staff(wishes: RunConfig) -> Staff:
+    """The workers for the cluster that is connected: on its GPUs if it has any, wherever the driver itself runs.
+
+    Raises UserError if GPUs are asked for and there are none.
+    """
+    there = ray.cluster_resources()
+    gpus = there.get("GPU", 0.0)
+    if wishes.device == "cuda" and not gpus:
+        raise UserError("--device cuda: Ray finds no GPU here; use --device cpu, or check `nvidia-smi` on the nodes")
+    if wishes.device == "cpu" or not gpus:
+        return Staff(wishes.workers or cluster_size(1, 0), "cpu", 0.0, wishes.threads or CPU_THREADS)
+    workers = wishes.workers or cluster_size(1, wishes.gpus_per_worker)
+    cores = int(there.get("CPU", 1)) // workers
+    return Staff(workers, "cuda", wishes.gpus_per_worker, wishes.threads or min(max(cores, CPU_THREADS), GPU_THREADS))
 
 
 # ---- what workers are asked ------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from shards.intrinsics import INTRINSICS
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How the work is done. Of these only `estimators`, `only` and `shard_size` change what comes out.
+    """How the work is done. Nothing that comes out depends on workers, threads, address or max_failed.
 
     only: the intrinsics to make; those that the dataset has already are kept. workers: 0 for one per core (or GPU).
-    threads: for decoding and encoding, in each worker. max_failed: the share of inputs that may fail.
+    threads: for decoding, and for encoding, in each worker; 0 for two, or more beside a GPU.
+    max_failed: the share of inputs that may fail.
     window: images that are decoded, estimated and encoded together.
     """
 
@@ -29,7 +30,7 @@ class RunConfig:
     limit: int | None = None
     shard_size: int = 1000
     workers: int = 0
-    threads: int = 2
+    threads: int = 0
     window: int = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -38,13 +39,15 @@ class RunConfig:
     max_failed: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "threads", "window"):
+        for name in ("shard_size", "window"):
             if getattr(self, name) < 1:
                 raise UsageError(f"run.{name} = {getattr(self, name)}; it must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"run.limit = {self.limit}; it must be at least 1")
-        if self.workers < 0 or self.gpus_per_worker <= 0:
-            raise UsageError("run.workers must not be negative, and run.gpus_per_worker must be positive")
+        if self.workers < 0 or self.threads < 0 or self.gpus_per_worker <= 0:
+            raise UsageError(
+                "run.workers and run.threads must not be negative, and run.gpus_per_worker must be positive"
+            )
         if not 0 <= self.max_failed <= 1:
             raise UsageError(
                 f"run.max_failed = {self.max_failed}; give a share from 0 to 1, or a percentage such as 10%"
@@ -66,7 +69,8 @@ class ExtractConfig:
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the dataset, beside the estimators and the source's content, as JSON."""
-        return {"image": dataclasses.asdict(self.image), "shard_size": self.run.shard_size, "window": self.run.window}
+        run = {name: getattr(self.run, name) for name in ("shard_size", "window", "dtype")}
+        return {"image": dataclasses.asdict(self.image), **run}
 
 
 def recipe_names() -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from extract.config import ExtractConfig
 from extract.estimators.table import Task, find_set, fingerprint, tasks_of
@@ -29,6 +29,9 @@ from shards.marks import DATASET, digest, shard_name
 from shards.sample import member_names
 from shards.storage import WRITING, Folder
 from shards.writer import read_mark, recover
+
+if TYPE_CHECKING:
+    from extract import cluster  # imports Ray, which a complete dataset does not need
 
 
 @dataclass
@@ -62,20 +65,6 @@ def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[
     folder = Folder(config.out)
     folder.make()
     info = _describe(folder, config, source, tasks)
-    device = _device(config.run.device)
-    setup = WorkerSetup(
-        out=config.out,
-        work=UnitWork(
-            source=source,
-            image=config.image,
-            members=tuple(info["members"]),
-            threads=config.run.threads,
-            window=config.run.window,
-        ),
-        tasks=tuple(tasks),
-        device=device,
-        dtype=config.run.dtype,
-    )
     summary, counts = Summary(config.out), dict[int, int]()
     begin = time.monotonic()
     total = _total(source, config.run.limit)
@@ -84,14 +73,12 @@ def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[
         first = next(jobs, None)
         if first is not None:  # Ray is not even started for a dataset that is complete
             write_info(folder, info)
-            gpus = config.run.gpus_per_worker if device == "cuda" else 0
-            size = config.run.workers or _cores()
-            with cluster.connected(config.run.address, size):
-                if config.run.address != "local" or gpus:
-                    size = config.run.workers or cluster.cluster_size(1, gpus)
-                pool = cluster.Pool(setup, size, cpus=1, gpus=gpus)
+            with cluster.connected(config.run.address, config.run.workers or _cores()):
+                staff = cluster.plan_staff(config.run)
+                setup = _setup(config, source, tasks, info, staff)
+                pool = cluster.Pool(setup, staff.workers, cpus=1, gpus=staff.gpus_per_worker)
                 grows = config.run.address != "local" and not config.run.workers
-                capacity = partial(cluster.cluster_size, 1, gpus) if grows else None
+                capacity = partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None
                 cluster.Dispatcher(pool, jobs, _Tally(summary, counts, reporter), capacity).work(first)
     summary.shards = len(counts)
     summary.seconds = time.monotonic() - begin
@@ -103,6 +90,20 @@ def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[
             f"{config.out}`, or allow more"
         )
     return summary
+
+
+def _setup(
+    config: ExtractConfig, source: Source, tasks: Sequence[Task], info: dict[str, Any], staff: "cluster.Staff"
+) -> WorkerSetup:
+    """What every worker is told once."""
+    work = UnitWork(
+        source=source,
+        image=config.image,
+        members=tuple(info["members"]),
+        threads=staff.threads,
+        window=config.run.window,
+    )
+    return WorkerSetup(out=config.out, work=work, tasks=tuple(tasks), device=staff.device, dtype=config.run.dtype)
 
 
 # ---- what is to be done ----------------------------------------------------------------------------------------------
@@ -253,17 +254,6 @@ def _cores() -> int:
     import os
 
     return len(os.sched_getaffinity(0))
-
-
-def _device(wish: str) -> str:
-    """ "cpu" or "cuda". Raises UserError if CUDA is asked for and not there."""
-    if wish == "cpu":
-        return "cpu"
-    import torch
-
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _total(source: Source, limit: int | None) -> int | None:

@@ -9,19 +9,16 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
-from skimage.segmentation import watershed
 
 from extract.estimators import Estimator
 from extract.estimators.demo_net import DemoNet, load_demo_net
+from extract.estimators.regions import segments
 from shards.intrinsics import DEPTH_FAR_M, DEPTH_NEAR_M, IntrinsicMap, describe_segments, order_segments
 
 ASSUMED_FOCAL = 1.1
 """Focal length as a share of the longer side: about the middle of the demo world's cameras."""
-MARKER_BELOW = 0.3
-"""Boundary probability below which a pixel may start a segment."""
-SMALLEST_SEGMENT = 0.0006
-"""Share of the image below which a region is no segment of its own."""
+LINE_SHARE = 0.4
+"""How much an outline counts as a border of segments; photographs have outlines where the network sees no border."""
 
 
 def load(*, device: str, dtype: str, weights: Path, working_px: int) -> Estimator:
@@ -81,13 +78,13 @@ def _maps(raw: np.ndarray, size: tuple[int, int]) -> dict[str, IntrinsicMap]:
     n = _resize(np.moveaxis(raw[4:7], 0, 2), size)
     n /= np.maximum(np.linalg.norm(n, axis=2, keepdims=True), 1e-6)
     n[far | (np.linalg.norm(n, axis=2) < 0.5)] = np.nan
-    ids = segments(1 / (1 + np.exp(-raw[2])), size)
+    ids = order_segments(_nearest(segments(np.maximum(_sigmoid(raw[2]), LINE_SHARE * _sigmoid(raw[3]))), size))
     focal = {"focal_px": ASSUMED_FOCAL * max(height, width), "focal_from": "assumed"}
     return {
         "depth": IntrinsicMap(np.where(far, np.float32(np.inf), z), {"kind": "metric", **focal}),
         "normal": IntrinsicMap(n.astype(np.float32)),
         "segmentation": IntrinsicMap(ids, {"segments": describe_segments(ids, {}, {})}),
-        "line": IntrinsicMap((1 / (1 + np.exp(-line))).astype(np.float32)),
+        "line": IntrinsicMap(_sigmoid(line).astype(np.float32)),
     }
 
 
@@ -97,16 +94,12 @@ def _resize(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(channel, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
-def segments(boundary: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Ordered ids (H, W) = size: watershed on boundary probabilities (h, w), from the basins that they enclose."""
-    basins, count = ndimage.label(boundary < MARKER_BELOW)
-    areas = np.bincount(basins.ravel(), minlength=count + 1)
-    basins[(areas < SMALLEST_SEGMENT * boundary.size)[basins]] = 0
-    if not basins.any():
-        basins[:] = 1
-    ids = watershed(boundary, basins).astype(np.int32)
-    if ids.shape != size:
-        rows = ((np.arange(size[0]) + 0.5) * ids.shape[0] / size[0]).astype(np.int64)
-        columns = ((np.arange(size[1]) + 0.5) * ids.shape[1] / size[1]).astype(np.int64)
-        ids = ids[rows[:, None], columns]
-    return order_segments(ids)
+def _nearest(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Ids (h, w) at another size, each pixel taking its nearest."""
+    rows = ((np.arange(size[0]) + 0.5) * ids.shape[0] / size[0]).astype(np.int64)
+    columns = ((np.arange(size[1]) + 0.5) * ids.shape[1] / size[1]).astype(np.int64)
+    return ids[rows[:, None], columns]
+
+
+def _sigmoid(logit: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logit))
