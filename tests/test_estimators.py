@@ -10,8 +10,8 @@ import pytest
 import torch
 from skimage import data as photographs
 
-from extract.estimators.demo import segments
 from extract.estimators.demo_net import DemoNet, DemoNetConfig, load_demo_net, save_demo_net
+from extract.estimators.regions import segments
 from extract.estimators.table import ROWS, SETS, find_set, fingerprint, load, tasks_of
 from extract.world import compose, render
 from shards.errors import UsageError, UserError
@@ -99,12 +99,13 @@ def test_a_photograph_gives_maps_that_are_not_trivial(demo, name: str) -> None: 
     assert maps["segmentation"].values.max() >= 3 and 0.002 < maps["line"].values.mean() < 0.4
 
 
-def test_watershed_finds_the_two_sides_of_a_border() -> None:
-    boundary = np.full((64, 64), 0.05)
-    boundary[:, 30:32] = 0.9
-    ids = segments(boundary, (128, 128))
-    assert ids.max() == 2 and len(np.unique(ids[:, :50])) == 1 and len(np.unique(ids[:, 70:])) == 1
-    assert (segments(np.full((8, 8), 0.9), (8, 8)) == 1).all()
+def test_a_border_parts_two_segments_also_where_it_has_a_gap() -> None:
+    edge = np.full((64, 64), 0.05)
+    edge[:, 30:32] = 0.9
+    edge[28:36, 30:32] = 0.05
+    ids = segments(edge)
+    assert ids.max() == 2 and len(np.unique(ids[:, :28])) == 1 and len(np.unique(ids[:, 34:])) == 1
+    assert (segments(np.full((8, 8), 0.9)) == 1).all() and (segments(np.full((40, 60), 0.1)) == 1).all()
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
