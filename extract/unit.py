@@ -6,8 +6,9 @@ thread estimates. What goes into which batch is a function of the unit alone, so
 
 import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +32,13 @@ from shards.writer import ShardWriter
 Maps = dict[str, IntrinsicMap]
 WINDOW_PIXELS = 1 << 23
 """A window of images is closed once it has as many: like `window`, this decides which images share a batch."""
+MAX_MESSAGE = 1000
 AHEAD_BYTES = 256 << 20
 """Not much more is read and decoded ahead of the estimators."""
+
+
+class DeviceLost(Exception):
+    """The accelerator is in a state from which this process cannot recover; a new one can."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,17 @@ class Progress:
     done: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.Lock)
 
-    def spent(self, stage: str, begin: float) -> None:
-        """Adds the time since `begin` (perf_counter) to a stage."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+    @contextlib.contextmanager
+    def timed(self, stage: str, clock: Callable[[], float] = time.thread_time) -> Iterator[None]:
+        """Adds the time that this takes to a stage: the CPU time of this thread, as stages overlap, or by another clock."""
+        begin = clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + clock() - begin
 
 
 @dataclass
@@ -115,7 +128,9 @@ def make_shard(
                 old.match(item)
             _estimate(window, estimators, progress)
             _write(writer, encoded, progress)
-            encoded = [(item, None if item.failure else pool.submit(_encode, item, work.members)) for item in window]
+            encoded = [
+                (item, None if item.failure else pool.submit(_encode, item, work.members, progress)) for item in window
+            ]
         _write(writer, encoded, progress)
         timings = {name: round(value, 3) for name, value in progress.seconds.items()}
         return writer.commit(timings | {"unit_s": round(time.perf_counter() - begin, 3)})
@@ -128,7 +143,7 @@ def probe(unit: Unit, work: UnitWork, estimators: Sequence[Loaded], positions: C
         for item in window:
             if not item.failure:
                 with contextlib.suppress(SampleError, MapError):  # a failure like others, in the unit's own run
-                    _encode(item, work.members)
+                    _encode(item, work.members, Progress())
 
 
 class _AllBut:
@@ -152,9 +167,8 @@ def _items(
     def inputs() -> Iterator[RawSample | Failure]:
         outputs = iter(work.source.read(unit))
         while True:
-            begin = time.perf_counter()
-            output = next(outputs, None)
-            progress.spent("read_s", begin)
+            with progress.timed("read_s", time.perf_counter):  # mostly waiting, for a disk or a network
+                output = next(outputs, None)
             if output is None:
                 return
             yield output
@@ -188,7 +202,6 @@ def _decode(
     if isinstance(output, Failure):
         return _Item(position, failure=output)
     item = _Item(position, sample=output)
-    begin = time.perf_counter()
     if position in skip:
         item.fail("decode", "killed_worker", "a worker that decoded or estimated this image died, alone with it, twice")
     elif forgotten and forgotten.covers(
@@ -197,11 +210,11 @@ def _decode(
         item.fail("read", FORGOTTEN, "removed on request")
     else:
         try:
-            item.prepared = prepare(output.image, rules)
+            with progress.timed("decode_s"):
+                item.prepared = prepare(output.image, rules)
             item.sample = dataclasses.replace(output, image=b"")  # the source's bytes are not needed any more
         except ImageProblem as problem:
             item.fail("decode", problem.reason, problem.message)
-    progress.spent("decode_s", begin)
     return item
 
 
@@ -259,7 +272,6 @@ def _kept(item: _Item, name: str, wanted_by: str | None) -> bool:
 
 def _estimate(window: list[_Item], estimators: Sequence[Loaded], progress: Progress) -> None:
     """Runs each estimator over the window's images, those batches apart that cannot be done; fills `maps` and `by`."""
-    begin = time.perf_counter()
     for loaded in estimators:
         todo = []
         for item in window:
@@ -270,8 +282,8 @@ def _estimate(window: list[_Item], estimators: Sequence[Loaded], progress: Progr
             if not all(_kept(item, name, loaded.id) for name in loaded.intrinsics):
                 todo.append(item)
         for start in range(0, len(todo), loaded.batch):
-            _estimate_batch(todo[start : start + loaded.batch], loaded)
-    progress.spent("estimate_s", begin)
+            with progress.timed("estimate_s"):
+                _estimate_batch(todo[start : start + loaded.batch], loaded)
 
 
 def _estimate_batch(batch: list[_Item], loaded: Loaded) -> None:
@@ -280,11 +292,13 @@ def _estimate_batch(batch: list[_Item], loaded: Loaded) -> None:
     try:
         results = loaded.estimator(images)
     except Exception as error:  # an estimator is foreign code: whatever it raises belongs to the images it was given
+        if "CUDA error" in str(error):  # but not this: nothing works in this process any more
+            raise DeviceLost(str(error)) from error
         if len(batch) > 1:
             for item in batch:
                 _estimate_batch([item], loaded)
             return
-        batch[0].fail("estimate", "estimator_failed", f"{loaded.id}: {type(error).__name__}: {error}")
+        batch[0].fail("estimate", "estimator_failed", f"{loaded.id}: {type(error).__name__}: {error}"[:MAX_MESSAGE])
         return
     for item, maps in zip(batch, results, strict=True):
         item.maps |= {name: maps[name] for name in loaded.intrinsics if not _kept(item, name, loaded.id)}
@@ -293,18 +307,28 @@ def _estimate_batch(batch: list[_Item], loaded: Loaded) -> None:
 # ---- encode and write ------------------------------------------------------------------------------------------------
 
 
-def _encode(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
-    """The members of a finished item. Raises SampleError, also for a map that breaks the conventions."""
+def _encode(item: _Item, members: tuple[str, ...], progress: Progress) -> dict[str, bytes]:
+    """The members of a finished item. Raises SampleError or MapError, also for a map that breaks the conventions."""
+    with progress.timed("encode_s"):
+        return _members_of(item, members)
+
+
+def _members_of(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
     sample, prepared = item.sample, item.prepared
     assert sample is not None and prepared is not None
     image = members[0]
     described: dict[str, Any] = {"image": prepared.record}
-    stored: dict[str, bytes] = {image: prepared.member, "txt": sample.caption.encode("utf-8")}
+    try:
+        stored = {image: prepared.member, "txt": sample.caption.encode("utf-8")}
+    except UnicodeEncodeError as error:
+        raise SampleError(f"its caption has characters that no text file can hold: {error}") from error
     known = dict(item.maps)
     for name, row in INTRINSICS.items():
         if row.member not in members:
             continue
         if name in item.maps:
+            if item.maps[name].values.shape[:2] != prepared.pixels.shape[:2]:
+                raise SampleError(f"its {name} has not the size of the image: {item.maps[name].values.shape}")
             stored[row.member], info = row.encode(item.maps[name])
             described[name] = info | {"by": item.by[name]}
         elif _kept(item, name, item.by.get(name)) and item.old is not None:
@@ -324,14 +348,15 @@ def _write(
     writer: ShardWriter, encoded: list[tuple[_Item, "Future[dict[str, bytes]] | None"]], progress: Progress
 ) -> None:
     """Waits for a window's members and appends them, or the failures, in the order of the inputs."""
-    begin = time.perf_counter()
     for item, future in encoded:
         if future is not None and item.sample is not None:
             if item.sample.key in writer:
                 item.fail("encode", "duplicate_key", "an earlier input of this shard has the same key")
             else:
                 try:
-                    writer.add(item.sample.key, future.result())
+                    members = future.result()
+                    with progress.timed("write_s"):
+                        writer.add(item.sample.key, members)
                 except (SampleError, MapError) as error:
                     item.fail("encode", "cannot_encode", str(error))
         if item.failure is not None:
@@ -339,5 +364,4 @@ def _write(
             writer.fail(failure.key, failure.stage, failure.reason, failure.message)
             progress.failed += 1
         progress.done += 1
-    progress.spent("write_s", begin)
     encoded.clear()

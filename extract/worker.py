@@ -1,12 +1,14 @@
 """A worker of the Ray run: a process that holds the estimators and makes one shard after the other."""
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from extract.estimators import table
 from extract.sources import Unit
-from extract.unit import Loaded, Progress, UnitWork, make_shard, probe
+from extract.unit import DeviceLost, Loaded, Progress, UnitWork, make_shard, probe
 from shards.errors import UserError
 from shards.storage import Folder
 
@@ -85,6 +87,8 @@ class Worker:
             )
         except UserError as error:
             return Outcome({}, {}, str(error))
+        except DeviceLost as error:
+            _die(error)
         finally:
             self._progress = Progress()
         return Outcome(mark["counts"], mark["timings"])
@@ -93,14 +97,28 @@ class Worker:
         """Inputs done, and failed, of the unit at work."""
         return self._progress.done, self._progress.failed
 
-    def count(self, unit: Unit) -> int:
-        """How many inputs a unit has."""
-        return sum(1 for _ in self._setup.work.source.read(unit))
+    def count(self, unit: Unit) -> int | str:
+        """How many inputs a unit has; a sentence if it cannot be read."""
+        try:
+            return sum(1 for _ in self._setup.work.source.read(unit))
+        except UserError as error:
+            return str(error)
 
     def probe(self, unit: Unit, start: int, stop: int, skip: Sequence[int]) -> str:
         """Works on the inputs start..stop only, without those to skip; dies if one of them kills its worker."""
         if problem := self.load():
             return problem
         assert self._loaded is not None
-        probe(unit, self._setup.work, self._loaded, frozenset(range(start, stop)) - frozenset(skip))
+        try:
+            probe(unit, self._setup.work, self._loaded, frozenset(range(start, stop)) - frozenset(skip))
+        except UserError as error:
+            return str(error)
+        except DeviceLost as error:
+            _die(error)
         return ""
+
+
+def _die(reason: Exception) -> NoReturn:
+    """Ends this process at once; the driver gives its unit to a new one."""
+    print(reason, file=sys.stderr, flush=True)
+    os._exit(1)

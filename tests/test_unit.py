@@ -11,7 +11,7 @@ import pytest
 from extract.estimators import null
 from extract.images import ImageRules
 from extract.sources import Failure, RawSample, Unit
-from extract.unit import Loaded, Progress, UnitWork, make_shard, probe
+from extract.unit import DeviceLost, Loaded, Progress, UnitWork, make_shard, probe
 from shards.dataset import Dataset, write_info
 from shards.errors import UserError
 from shards.forget import Forgotten, forget
@@ -190,3 +190,35 @@ def test_the_json_of_a_sample_is_plain_json(tmp_path: Path) -> None:
     make(Folder(tmp_path))
     member = Dataset(Folder(tmp_path), {}).read("k01").members["json"]
     assert json.loads(member)["intrinsics"]["depth"]["kind"] == "metric"
+
+
+def test_a_map_of_another_size_and_a_caption_that_is_no_text_fail_their_samples_only(tmp_path: Path) -> None:
+    def clipped(images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:
+        return [null.estimate([image[1:] if image[0, 0, 0] == 1 else image])[0] for image in images]
+
+    wrong = {2: RawSample("k02", np.full((40, 48, 3), 2, np.uint8), "half a \ud800 character", {})}
+    mark = make(Folder(tmp_path), Numbers(wrong), [Loaded(clipped, tuple(INTRINSICS), "clipped@1", 4)], count=4)
+    assert mark["counts"]["ok"] == 2
+    messages = [line["message"] for line in Dataset(Folder(tmp_path), {}).failures("000000")]
+    assert "its depth has not the size of the image" in messages[0] and "its caption has characters" in messages[1]
+
+
+def test_a_lost_device_is_no_failure_of_the_images(tmp_path: Path) -> None:
+    def lost(images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLost):
+        make(Folder(tmp_path), estimators=[Loaded(lost, tuple(INTRINSICS), "lost@1", 4)])
+    assert [path.name for path in tmp_path.iterdir()] == [".writing"]
+
+
+def test_large_images_share_a_window_with_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def counting(images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:
+        sizes.append(len(images))
+        return null.estimate(images)
+
+    monkeypatch.setattr("extract.unit.WINDOW_PIXELS", 2 * 40 * 48)
+    make(Folder(tmp_path), estimators=[Loaded(counting, tuple(INTRINSICS), "counting@1", 4)], count=5)
+    assert sizes == [2, 2, 1]
