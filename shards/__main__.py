@@ -100,6 +100,28 @@ def show(
         print(f"wrote {save}")
 
 
+@app.command()
+def sheet(
+    url: Url,
+    save: Annotated[Path, typer.Option(help="The PNG to write.")],
+    rows: Annotated[int, typer.Option(min=1, max=100, help="How many samples, the first ones.")] = 6,
+    size: Annotated[int, typer.Option(min=64, max=2048, help="Longer side of each picture.")] = 200,
+    debug: DebugOption = False,
+) -> None:
+    """Writes a picture of the first samples: image and maps side by side, captions below."""
+    from itertools import islice
+
+    from shards.dataset import Dataset
+    from shards.display import sheet as draw
+    from shards.storage import Folder
+
+    dataset = Dataset.open(url)
+    samples = islice((sample for shard in dataset.shard_names() for sample in dataset.samples(shard)), rows)
+    picture = draw([(sample.image(), sample.maps(), sample.caption) for sample in samples], size)
+    Folder(save.absolute().parent).write(save.name, _png(picture))
+    print(f"wrote {save}")
+
+
 @app.command("list")
 def list_(
     url: Url,

@@ -118,10 +118,10 @@ def change_look(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 in [0, 1]: compression, blur, light, colour and noise of other cameras."""
     if rng.random() < 0.3:
         coded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(30, 95))])[1]
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR)
-    x = image.astype(np.float32) / 255
+        image = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR))
+    x = np.asarray(image, np.float32) / 255
     if rng.random() < 0.3:
-        x = cv2.GaussianBlur(x, (0, 0), float(rng.uniform(0.3, 1.3)))
+        x = np.asarray(cv2.GaussianBlur(x, (0, 0), float(rng.uniform(0.3, 1.3))))
     if rng.random() < 0.8:
         grey = x.mean(axis=2, keepdims=True)
         x = grey + (x - grey) * rng.uniform(0.2, 1.4)  # saturation
@@ -189,7 +189,7 @@ def train_estimator(config: EstimatorTraining) -> Path:
             for _ in store.render_missing(config.workers):
                 progress.advance(task)
         torch.manual_seed(config.seed)
-        net = DemoNet(DemoNetConfig()).to(memory_format=torch.channels_last)
+        net = DemoNet(DemoNetConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         average = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         first = _resume(config, net, average, optimiser)
