@@ -136,10 +136,17 @@ def _valid_depth(values: np.ndarray) -> np.ndarray:
 def _encode_normal(normal: IntrinsicMap) -> tuple[bytes, dict[str, Any]]:
     n = _checked(normal.values, np.float32, 3, "normal")
     valid = _valid_normal(n)
-    length = np.linalg.norm(n, axis=2)
-    if valid.any() and np.abs(length[valid] - 1).max() > 1e-2:
-        raise MapError(f"normals must have length 1; found {length[valid].min():.3f} to {length[valid].max():.3f}")
-    codes = np.where(valid[..., None], np.rint(127.5 * (np.clip(np.nan_to_num(n), -1, 1) + 1)), _NO_NORMAL)
+    whole = bool(valid.all())
+    squared = np.einsum("hwc,hwc->hw", n, n)
+    lengths = np.sqrt(squared if whole else squared[valid])
+    if lengths.size and not (lengths.min() >= 0.99 and lengths.max() <= 1.01):
+        raise MapError(f"normals must have length 1; found {lengths.min():.3f} to {lengths.max():.3f}")
+    codes = n + 1
+    np.clip(codes, 0, 2, out=codes)
+    codes *= 127.5
+    np.rint(codes, out=codes)
+    if not whole:
+        codes[~valid] = _NO_NORMAL
     return encode_png(codes.astype(np.uint8)), dict(normal.info)
 
 
@@ -154,7 +161,8 @@ def _decode_normal(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
 
 
 def _valid_normal(values: np.ndarray) -> np.ndarray:
-    return np.isfinite(values).all(axis=2)
+    finite = np.isfinite(values)
+    return finite[..., 0] & finite[..., 1] & finite[..., 2]  # much faster than all(axis=2)
 
 
 # ---- segmentation and lines ------------------------------------------------------------------------------------------
@@ -201,7 +209,7 @@ _PNG_OPTIONS = (
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """A lossless PNG of uint8 or uint16 (H, W) or uint8 RGB (H, W, 3), written fast."""
-    ordered = pixels if pixels.ndim == 2 else pixels[..., ::-1]  # cv2 wants BGR
+    ordered = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     ok, data = cv2.imencode(".png", np.ascontiguousarray(ordered), _PNG_OPTIONS)
     if not ok:
         raise MapError(f"a map of shape {pixels.shape} and type {pixels.dtype} cannot be written as PNG")
