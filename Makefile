@@ -33,8 +33,8 @@ train: setup    ## shards -> intrinsic VAE -> LoRA
 sample: setup   ## PROMPT -> an image and its four intrinsics
 	@$(BIN)/python -m infer sample --prompt "$(PROMPT)" $(ARGS)
 
-test: setup     ## all tests, with line coverage of shards/ and extract/
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+test: setup     ## all tests, in two processes of one thread each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: setup     ## ruff (lint, format) and mypy
 	@$(BIN)/ruff check .
