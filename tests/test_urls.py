@@ -4,8 +4,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -418,6 +421,24 @@ def test_what_is_wrong_with_the_settings_is_told_before_any_work(
         parquet(tmp_path / name, columns)
     with pytest.raises(UserError, match=words):
         list(make(tmp_path / name, **settings).units(10))
+
+
+@pytest.mark.parametrize(
+    "tables", ["hf://datasets/nobody/nothing/*.parquet", "https://127.0.0.1:9/a.parquet", "s3://b/*.csv"]
+)
+def test_a_store_that_cannot_be_reached_is_a_sentence(tables: str) -> None:
+    unreachable = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_MAX_ATTEMPTS": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+    command = f"from extract.sources.url_tables import find_tables; find_tables({tables!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env={**os.environ, **unreachable, **keys}, capture_output=True, text=True
+    )
+    assert "UserError: cannot look for tables in" in done.stderr.splitlines()[-1]
+    assert "source.tables" in done.stderr
 
 
 def test_captions_can_be_done_without(make: Make, web: Web, tmp_path: Path) -> None:

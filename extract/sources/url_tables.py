@@ -10,6 +10,7 @@ import decimal
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +29,13 @@ from shards.errors import UsageError, UserError
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _BATCH_ROWS = 4096
 _HEAD_ROWS = 100
-UNREADABLE = (OSError, pa.ArrowException, EOFError)
-"""What reading a damaged table, or one that has gone away, raises."""
+_STORE_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("httpx2", "HTTPError"),
+    ("httpx", "HTTPError"),
+    ("aiohttp", "ClientError"),
+)
 
 
 class Cut(NamedTuple):
@@ -38,6 +44,14 @@ class Cut(NamedTuple):
     start: int
     stop: int
     offset: int
+
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """What reading a table raises that is damaged, has gone away, or lies in a store that cannot be reached."""
+    loaded = (
+        (sys.modules.get(module), name) for module, name in _STORE_ERRORS
+    )  # there only if such a store was opened
+    return (OSError, EOFError, pa.ArrowException, *(getattr(module, name) for module, name in loaded if module))
 
 
 def find_tables(patterns: str | Sequence[str]) -> list[str]:
@@ -75,8 +89,13 @@ def _matches(pattern: str) -> list[str]:
             return [pattern]
     except (ImportError, ValueError) as error:
         raise UserError(f"cannot open {pattern}: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot look for tables in {pattern}: {error.strerror or error}") from error
+    except read_errors() as error:
+        hint = (
+            "; check the connection, or set source.tables to a folder of downloaded tables" if "://" in pattern else ""
+        )
+        raise UserError(
+            f"cannot look for tables in {pattern}: {getattr(error, 'strerror', None) or error}{hint}"
+        ) from error
     kept = sorted(path for path in paths if path.endswith(SUFFIXES) and not Path(path).name.startswith((".", "_")))
     return [path if "://" not in pattern else str(fs.unstrip_protocol(path)) for path in kept]
 
@@ -106,7 +125,7 @@ class Table:
                     head = itertools.islice(_json_rows(_Lines(file)), _HEAD_ROWS)
                     return list(dict.fromkeys(name for row in head if isinstance(row, dict) for name in row))
                 return list(self.header) or self._own_header(_Lines(file))
-        except UNREADABLE as error:
+        except read_errors() as error:
             raise UserError(f"cannot read the table {self.address}: {error}") from error
 
     def _own_header(self, lines: "_Lines") -> list[str]:
@@ -118,7 +137,7 @@ class Table:
             fs, path = url_to_fs(self.address)
             size = fs.info(path).get("size")
             return (-1, b"") if size is None else (size, fs.cat_file(path, start=max(0, size - 65536), end=size))
-        except UNREADABLE as error:
+        except read_errors() as error:
             raise UserError(f"cannot read the table {self.address}: {error}") from error
 
     def count(self) -> int:
@@ -131,7 +150,7 @@ class Table:
             with self._open() as file:
                 starts = self._parquet_starts(file) if self.is_parquet else self._text_starts(file)
                 yield from _cut(starts, first, step)
-        except UNREADABLE as error:
+        except read_errors() as error:
             raise UserError(f"cannot read the table {self.address}: {error}") from error
 
     def _parquet_starts(self, file: IO[bytes]) -> int:
@@ -150,7 +169,7 @@ class Table:
         yield offset
 
     def rows(self, cut: Cut) -> Iterator[dict[str, Any] | str]:
-        """The rows of a range as JSON values, or what is wrong with a row. Raises one of UNREADABLE."""
+        """The rows of a range as JSON values, or what is wrong with a row. Raises one of read_errors()."""
         if cut.start >= cut.stop:
             return
         with self._open() as file:
@@ -175,7 +194,7 @@ class Table:
                 rows = itertools.islice(self._text_rows(lines), stop)
                 while group := list(itertools.islice(rows, _BATCH_ROWS)):
                     yield {name: [row.get(name) if isinstance(row, dict) else None for row in group] for name in names}
-        except UNREADABLE as error:
+        except read_errors() as error:
             raise UserError(f"cannot read the table {self.address}: {error}") from error
 
     # ---- text --------------------------------------------------------------------------------------------------------

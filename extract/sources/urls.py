@@ -28,7 +28,7 @@ from extract.reasons import REASONS
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.captions import checked_caption
 from extract.sources.files import ReadProblem
-from extract.sources.url_tables import UNREADABLE, Cut, Table, find_tables
+from extract.sources.url_tables import Cut, Table, find_tables, read_errors
 from shards.errors import UsageError, UserError
 
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
@@ -269,7 +269,9 @@ class UrlSource:
             problem = "it has fewer rows than before"
         except UsageError:
             raise
-        except (*UNREADABLE, UserError) as error:
+        except UserError as error:
+            problem = str(error)
+        except read_errors() as error:
             problem = str(error)
         missing = [number for number, _ in group] + ([] if following is None else [following, *wanted])
         for number in missing:
