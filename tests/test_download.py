@@ -1,5 +1,6 @@
 """The downloader: bounds, retries, manners, and that nothing but the public internet is ever asked."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def test_a_long_retry_after_is_not_waited_for(web: Web, downloader: Downloader) 
     began = time.monotonic()
     assert reason(fetch(downloader, f"{web.address}/banned/now.jpg")) == "too_many_requests"
     assert web.requests["/banned/now.jpg"] == 1
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 def test_requests_say_who_asks_and_decline_compression(web: Web, downloader: Downloader) -> None:
@@ -209,7 +210,7 @@ def test_slow_hosts_do_not_hold_up_others(web: Web) -> None:
             began = time.monotonic()
             fast = [batch.submit(f"{hosts[1]}/ok/{number}.jpg", "s") for number in range(20)]
             assert all(isinstance(batch.result(place), Downloaded) for place in fast)
-            assert time.monotonic() - began < 0.4
+            assert time.monotonic() - began < 2  # the slow ones take 4 s
             del slow
     downloader.close()
 
@@ -220,19 +221,26 @@ def test_leaving_a_batch_early_ends_its_downloads(web: Web, downloader: Download
         for number in range(100):
             batch.submit(f"{web.address}/silent/early{number}.jpg", "s")
         time.sleep(0.05)
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 3  # all of them take 8 s
     assert downloader.turns.active == 0 and downloader.turns.held == 0 and not downloader.turns._starts
 
 
-def test_pauses_between_attempts_are_the_same_in_every_run(web: Web) -> None:
-    pauses = []
+def test_pauses_between_attempts_grow_and_are_the_same_in_every_run(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[list[float]] = []
+    sleep = asyncio.sleep
+
+    async def noting(seconds: float) -> None:
+        pauses[-1].append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noting)
     for _ in range(2):
-        downloader = Downloader(DownloadSettings(**{**QUICK, "backoff_s": 0.1}))
-        began = time.monotonic()
+        pauses.append([])
+        downloader = Downloader(DownloadSettings(**{**QUICK, "backoff_s": 1.0, "retries": 3}))
         fetch(downloader, f"{web.address}/503/again.jpg")
-        pauses.append(time.monotonic() - began)
         downloader.close()
-    assert pauses[0] == pytest.approx(pauses[1], abs=0.05)
+    assert pauses[0] == pauses[1]
+    assert all(0.5 * 2**n <= pause <= 1.5 * 2**n for n, pause in enumerate(pauses[0])) and len(pauses[0]) == 3
 
 
 # ---- addresses -------------------------------------------------------------------------------------------------------
