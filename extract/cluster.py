@@ -51,8 +51,6 @@ def connected(address: str, workers: int) -> Iterator[None]:
     try:
         with _signal_handlers_kept():
             ray.init(address=address, **options)
-    except UserError:
-        raise  # a signal
     except Exception as error:  # Ray has no base class for what can go wrong here, a plain Exception among it
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "Ray did not start on this machine" if address == "local" else f"Ray cannot be reached at {address!r}"
@@ -269,7 +267,8 @@ class Listener(Protocol):
 
     def finished(self, unit: Unit, outcome: Outcome) -> None: ...
 
-    def working(self, done: int, failed: int) -> None: ...
+    def working(self, done: int, failed: int) -> None:
+        """Called about once a second; what it raises ends the work."""
 
     def say(self, sentence: str) -> None: ...
 

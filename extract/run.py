@@ -68,18 +68,20 @@ def run(config: ExtractConfig, *, source: Source | None = None, tasks: Sequence[
     summary, counts = Summary(config.out), dict[int, int]()
     begin = time.monotonic()
     total = _total(source, config.run.limit)
-    with Reporter(total) as reporter, _stoppable():
+    stop = _Stop()
+    with Reporter(total) as reporter, stop.listening():
         jobs = _open_jobs(folder, source, config, info, summary, counts, reporter)
         first = next(jobs, None)
         if first is not None:  # Ray is not even started for a dataset that is complete
             write_info(folder, info)
+            stop.deferred = True
             with cluster.connected(config.run.address, config.run.workers or _cores()):
                 staff = cluster.plan_staff(config.run)
                 setup = _setup(config, source, tasks, info, staff)
                 pool = cluster.Pool(setup, staff.workers, cpus=1, gpus=staff.gpus_per_worker)
                 grows = config.run.address != "local" and not config.run.workers
                 capacity = partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None
-                cluster.Dispatcher(pool, jobs, _Tally(summary, counts, reporter), capacity).work(first)
+                cluster.Dispatcher(pool, jobs, _Tally(summary, counts, reporter, stop), capacity).work(first)
     summary.shards = len(counts)
     summary.seconds = time.monotonic() - begin
     _close(folder, info, summary, counts)
@@ -204,6 +206,7 @@ class _Tally:
     summary: Summary
     counts: dict[int, int]
     reporter: Reporter
+    stop: "_Stop"
 
     def finished(self, unit: Unit, outcome: Outcome) -> None:
         _count(self.summary, self.counts, unit, outcome.counts)
@@ -212,6 +215,7 @@ class _Tally:
         self.reporter.advance(outcome.counts["in"], sum(outcome.counts["failed"].values()))
 
     def working(self, done: int, failed: int) -> None:
+        self.stop.check()
         self.reporter.working(done, failed)
 
     def say(self, sentence: str) -> None:
@@ -261,19 +265,36 @@ def _total(source: Source, limit: int | None) -> int | None:
     return total if limit is None or total is None else min(total, limit)
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the run with a sentence; what is committed stays."""
+class _Stop:
+    """SIGTERM and Ctrl-C end the run with a sentence; what is committed stays.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise UserError(f"stopped by {signal.Signals(number).name}; the same command goes on where it stopped")
+    deferred: note the signal only, until check() is called: code of Ray that an exception interrupts breaks.
+    """
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self.deferred = False
+        self._number: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError if the run is to stop."""
+        if self._number is not None:
+            name = signal.Signals(self._number).name
+            raise UserError(f"stopped by {name}; the same command goes on where it stopped")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        impatient, self._number = self._number is not None, number
+        if impatient or not self.deferred:
+            self.check()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
