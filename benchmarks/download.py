@@ -4,8 +4,9 @@
     python -m benchmarks.download --img2dataset /tmp/img2dataset/bin/img2dataset [--images 3000] [--rounds 3]
 
 A local server offers JPEG files of 640 x 480 to 1920 x 1280 pixels; both download all of them, resize the shorter side to
-256 pixels and write WebDataset tars of 500 samples, with two processes. Each is timed from the first request that the
-server sees to the end of its process, so that start-up (imports) is left out for both; it is printed beside.
+256 pixels (by area means) and write WebDataset tars of 500 samples, with two processes. Each is timed from the first
+request that the server sees to the end of its process, so that start-up (imports) is left out for both; it is printed
+beside. Download alone, without resizing, is several times faster: resizing is what both spend their time on.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def prepared(source: UrlSource, unit: Unit, pool: ThreadPoolExecutor) -> Iterato
     waiting: deque[tuple[RawSample, Future[Prepared]]] = deque()
     for output in source.read(unit):
         if isinstance(output, RawSample):
-            waiting.append((output, pool.submit(prepare, output.image, ImageRules(size_px=256))))
+            waiting.append((output, pool.submit(prepare, output.image, ImageRules(size_px=256, resample="area"))))
         if len(waiting) > 16:
             yield waiting.popleft()
     yield from waiting

@@ -186,6 +186,16 @@ def test_decoding_large_jpegs_at_a_reduced_scale_changes_nothing_to_be_seen(crop
     assert prepare(content, rules).record["original_size"] == [2100, 1500]
 
 
+@pytest.mark.parametrize(("width", "height"), [(320, 240), (700, 420), (200, 600)])
+def test_area_means_can_be_chosen_and_look_much_like_lanczos(width: int, height: int) -> None:
+    content = encoded(photo(width, height), "JPEG", quality=95)
+    lanczos, area = (
+        prepare(content, ImageRules(size_px=128, format="png", resample=resample)) for resample in ("lanczos", "area")
+    )
+    assert lanczos.record == area.record and not np.array_equal(lanczos.pixels, area.pixels)
+    assert psnr(lanczos.pixels, area.pixels) > 25
+
+
 def test_limits_are_checked_before_anything_is_decoded() -> None:
     content = encoded(photo(), "JPEG")
     broken = content[:-20]
