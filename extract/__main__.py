@@ -67,6 +67,10 @@ def main(
     max_failed: Annotated[
         str | None, typer.Option(help="Exit with status 3 if more inputs fail.", show_default="10%")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting of the recipe: TABLE.KEY=VALUE, such as source.tables=/my/folder."),
+    ] = None,
     gallery: Annotated[bool, typer.Option(help="Write gallery.html when done.")] = True,
     list_estimators: Annotated[
         bool,
@@ -81,7 +85,7 @@ def main(
     The same command again continues where an earlier one stopped or was killed. Images that cannot be used are counted
     and listed with their reason. Next: `python -m shards stats OUT`.
     """
-    from extract.config import load_extract_config
+    from extract.config import load_extract_config, merge, parse_setting
     from extract.estimators.table import find_set
     from extract.run import run
 
@@ -100,6 +104,8 @@ def main(
             "max_failed": _share(max_failed),
         },
     }
+    for setting in settings or ():
+        options = merge(options, parse_setting(setting))
     config = load_extract_config(data, out, options)
     note = find_set(config.run.estimators).note
     if note and config.source.get("kind") != "demo":

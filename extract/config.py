@@ -98,13 +98,39 @@ def read_recipe(data: str) -> tuple[str, dict[str, Any]]:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-") or "data", {"source": settings}
 
 
+def parse_setting(text: str) -> dict[str, Any]:
+    """`a.b.c=value` as nested tables. The value is read as TOML (3, true, ["x"]); what is not TOML is text."""
+    path, equals, value = text.partition("=")
+    names = [name.strip() for name in path.split(".")]
+    if not equals or len(names) < 2 or not all(names):
+        raise UsageError(f"--set {text}: give TABLE.KEY=VALUE, such as source.tables=/my/folder")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for name in reversed(names):
+        parsed = {name: parsed}
+    return dict(parsed)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with `over` on top; other values replace, and None means "not given"."""
+    merged = dict(base)
+    for name, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            merged[name] = merge(merged[name], value)
+        elif value is not None:
+            merged[name] = value
+    return merged
+
+
 def load_extract_config(data: str, out: str | None, options: Mapping[str, Mapping[str, Any]]) -> ExtractConfig:
     """The configuration of `python -m extract DATA`: the recipe, and `options` by table (None means not given)."""
     name, recipe = read_recipe(data)
     unknown = sorted(set(recipe) - {"source", "image", "run"})
     if unknown:
         raise UsageError(f"the recipe {data} has a table [{unknown[0]}]; its tables are [source], [image] and [run]")
-    source = dict(recipe.get("source", {})) | dict(options.get("source", {}))
+    source = merge(recipe.get("source", {}), options.get("source", {}))
     tables = {table: content for table, content in recipe.items() if table != "source"}
     given = {table: content for table, content in options.items() if table != "source"}
     return load_config(ExtractConfig, {"name": name, "out": out or f"data/{name}", "source": source}, tables, given)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from extract.config import ExtractConfig, RunConfig
+from extract.config import ExtractConfig, RunConfig, load_extract_config, merge, parse_setting
 from extract.estimators import Estimator, null
 from extract.estimators.table import Row, Task
 from extract.images import ImageRules
@@ -212,3 +212,14 @@ def test_a_read_only_place_is_one_sentence(extract: Extract, small_disk: Path) -
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="the file system is read-only; choose another place"):
         extract(Greys(range(4)), small_disk / "out")
+
+
+def test_any_setting_of_a_recipe_can_be_given_on_the_command_line() -> None:
+    assert parse_setting("source.tables=/my/folder") == {"source": {"tables": "/my/folder"}}
+    assert parse_setting("image.size_px = 64") == {"image": {"size_px": 64}}
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4, "c": None}}) == {"a": {"b": 4, "c": 2}, "d": 3}
+    made = load_extract_config("demo", None, merge({"run": {"limit": 5}}, parse_setting("source.count=9")))
+    assert made.source["count"] == 9 and made.source["kind"] == "demo" and made.run.limit == 5
+    for wrong in ("tables=/my/folder", "source.tables", "source.=3"):
+        with pytest.raises(UsageError, match=r"give TABLE\.KEY=VALUE"):
+            parse_setting(wrong)
