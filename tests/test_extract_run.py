@@ -18,7 +18,7 @@ from extract.images import ImageRules
 from extract.run import Summary, run
 from extract.sources import Failure, RawSample, Unit
 from shards.dataset import Dataset
-from shards.errors import TooManyFailures, UserError
+from shards.errors import TooManyFailures, UsageError, UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 
 KILLS_ALWAYS, KILLS_TWICE, FAILS = 77, 88, 99  # shades of grey that an estimator cannot bear
