@@ -38,7 +38,7 @@ def verify(
         task = bar.add_task("verifying", total=None)
         report = check(url, quick, lambda done, total: bar.update(task, completed=done, total=total))
     for problem in report.problems:
-        print(problem)
+        print(_one_line(problem))
     if report.problems:
         count = len(report.problems)
         print(f"error: {count} problem{'s' if count > 1 else ''} found in {url}", file=sys.stderr)
@@ -139,7 +139,7 @@ def list_(
         if keys:
             from shards.stats import by_place
 
-            print(*by_place(mark), sep="\n", end="\n" if mark["index"] else "")
+            print(*map(_one_line, by_place(mark)), sep="\n", end="\n" if mark["index"] else "")
         elif failures:
             for line in dataset.failures(mark["shard"]):
                 print(*(_one_line(line[name]) for name in ("key", "stage", "reason", "message")), sep="\t")

@@ -1,6 +1,6 @@
 """What is wrong with one sample: members, decoding, sizes, ranges, and what its json says of its maps."""
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +10,7 @@ from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError, decode_png
 from shards.sample import Sample, SampleError
 
 _SIGNATURES = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
+MAX_FLOAT = sys.float_info.max
 _UNIT_TOLERANCE = 0.02
 """How far a stored normal's length may be from 1: what encoding accepts (0.01) and 8-bit rounding (0.007)."""
 
@@ -67,7 +68,7 @@ def _map_faults(
         return
     declared = info["estimators"].get(name)
     known = declared.get("id") if isinstance(declared, dict) else None
-    if described.get("by") != known:
+    if known is None or described.get("by") != known:
         yield (
             f"{key}.json: intrinsics.{name}.by is {described.get('by')!r}, but dataset.json declares {known!r}; "
             "run the same extract command again to bring all shards up to date"
@@ -149,4 +150,5 @@ _RANGES = {
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of json is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_FLOAT <= value <= MAX_FLOAT

@@ -23,6 +23,7 @@ from shards.errors import UserError
 
 DEPTH_NEAR_M, DEPTH_FAR_M = 0.05, 1000.0  # the fixed range of metric depth codes
 DEPTH_KINDS = ("metric", "relative")
+_MAX_RELATIVE = 1e38  # the largest lo and hi that float32 holds
 _STEPS = 65533  # codes 1..65534 span the range
 _FAR_CODE = 65535
 _NO_NORMAL = 128
@@ -107,6 +108,8 @@ def _decode_depth(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
         lo, hi = info.get("lo"), info.get("hi")
         if not isinstance(lo, int | float) or not isinstance(hi, int | float):
             raise MapError("relative depth needs the numbers lo and hi in its json")
+        if not (abs(lo) <= _MAX_RELATIVE and abs(hi) <= _MAX_RELATIVE):
+            raise MapError(f"relative depth has the range {lo} to {hi} in its json, beyond what float32 can hold")
         table = _depth_table(lo + _SHARES * (hi - lo), -np.inf)
     else:
         raise MapError(f"depth of kind {info.get('kind')!r} in json; it must be one of {DEPTH_KINDS}")

@@ -65,6 +65,18 @@ def test_any_single_flipped_bit_is_found(tmp_path: Path) -> None:
     assert tried > 600 and problems(folder) == []
 
 
+def test_flipped_bits_in_letters_beyond_ascii_are_found(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", shards=1, per_shard=1)  # some flips make half a surrogate pair
+    path = local(folder) / "dataset.json"
+    whole = seal(json.loads(path.read_bytes()) | {"config": {"data": "\ud55c\ud7a3"}})
+    begin = whole.index("\ud55c\ud7a3".encode())
+    for bit in range(8 * begin, 8 * begin + 48):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert any("dataset.json" in problem for problem in problems(folder, quick=True)), bit
+
+
 @pytest.mark.parametrize("left", [0, 511, 512, 3000, -1024, -1])
 def test_a_truncated_tar_is_found(folder: Folder, left: int) -> None:
     path = local(folder) / "000001.tar"
@@ -177,6 +189,7 @@ FAULTS = [
     (_described(depth={"by": "other"}), "intrinsics.depth.by is 'other', but dataset.json declares 'test@depth'"),
     (_described(depth={"kind": "relative", "lo": 0, "hi": 1}), "depths of two kinds must not be mixed"),
     (_described(depth={"focal_px": -3}), "focal_px is -3"),
+    (_described(quality={"segments": 10**400}), "intrinsics.quality.segments is 1000"),
     (_described(quality={"segments": "many"}), "intrinsics.quality.segments is 'many'"),
 ]
 
@@ -202,6 +215,32 @@ def test_hostile_marks_are_problems_and_no_crash(folder: Folder) -> None:
     for field in ("members", "image", "estimators", "depth_kind", "totals", "shards"):
         reseal(local(folder) / "dataset.json", **{**INFO, "shards": 2, "totals": {"in": 0}, field: None})
         assert problems(folder), field
+
+
+@pytest.mark.parametrize("shards", ["2", -1, True, [], 10**18])
+def test_a_number_of_shards_that_cannot_be_is_a_problem_and_costs_nothing(folder: Folder, shards: object) -> None:
+    reseal(local(folder) / "dataset.json", shards=shards)
+    assert any("shard" in problem for problem in problems(folder, quick=True))
+
+
+def test_values_that_a_mark_cannot_hold_are_damage(folder: Folder) -> None:
+    path = local(folder) / "000000.json"
+    for value in (b"NaN", b'"\\ud800"', b"1e999"):
+        path.write_bytes(path.read_bytes().replace(b'"timings": {', b'"timings": {"a": ' + value + b", "))
+        assert any("000000.json is damaged" in problem for problem in problems(folder, quick=True)), value
+
+
+def test_maps_whose_estimator_is_not_declared_are_named(folder: Folder) -> None:
+    reseal(local(folder) / "dataset.json", estimators={name: INFO["estimators"][name] for name in ("depth", "normal")})
+    assert any("intrinsics.line.by" in problem and "declares None" in problem for problem in problems(folder))
+
+
+def test_text_of_a_dataset_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    meta = json.loads(members_of()["json"])
+    meta["intrinsics"]["quality"] = {"\x1b[2J\ud800": "many"}
+    folder = write_dataset(tmp_path / "data", change=_members(json=json.dumps(meta).encode()))
+    result = CliRunner().invoke(app, ["verify", folder.url])
+    assert result.exit_code == 1 and "quality. [2J " in result.output and "\x1b" not in result.output
 
 
 def test_the_command_exits_with_1_and_names_each_problem(folder: Folder) -> None:
