@@ -33,7 +33,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 def test_every_command_and_python_line_works_in_the_order_of_the_page(clone: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    of_the_outer_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS")
+    environment = {name: value for name, value in os.environ.items() if name not in of_the_outer_make}
+    environment["PYTHONPATH"] = str(ROOT)
     for command in COMMANDS:
         if command in RECURSIVE:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
