@@ -16,7 +16,9 @@ from rich.text import Text
 
 from shards.dataset import Dataset
 from shards.intrinsics import DEPTH_FAR_M, DEPTH_NEAR_M, INTRINSICS, IntrinsicMap
+from shards.marks import DATASET, MarkError
 from shards.sample import Sample
+from shards.verify import info_faults, mark_faults
 
 DEFAULT_SAMPLE = 500
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -29,7 +31,7 @@ _HIGH_IS_GOOD = {"depth_range", "segmented"}
 
 def spread(dataset: Dataset, count: int) -> Iterator[tuple[dict[str, Any], str]]:
     """Up to `count` samples, spread evenly over the dataset: (mark, key), in order. One mark in memory at a time."""
-    marks = [(mark["shard"], mark["counts"]["ok"]) for mark in dataset.marks()]
+    marks = [(mark["shard"], mark["counts"]["ok"]) for mark in _usable_marks(dataset)]
     ends = np.cumsum([ok for _, ok in marks], dtype=np.int64).tolist()
     total = ends[-1] if ends else 0
     wanted = [int(i * total / count) for i in range(count)] if count < total else list(range(total))
@@ -40,6 +42,15 @@ def spread(dataset: Dataset, count: int) -> Iterator[tuple[dict[str, Any], str]]
             mark = dataset.mark(marks[number][0])
             keys = by_place(mark)
         yield mark, keys[position - (ends[number] - marks[number][1])]
+
+
+def _usable_marks(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """All marks. Raises MarkError for one whose checksum fits but whose content does not, as a crafted one may."""
+    for mark in dataset.marks():
+        for fault in mark_faults(mark):
+            address = dataset.folder.address(f"{mark['shard']}.json")
+            raise MarkError(f"{address}: {fault}; run `python -m shards verify {dataset.folder.url}`")
+        yield mark
 
 
 def by_place(mark: Mapping[str, Any]) -> list[str]:
@@ -55,6 +66,8 @@ def stats(
     sample: how many samples are decoded (500 if None, 0 for none). progress is called with (decoded, to be decoded).
     """
     dataset = Dataset.open(url)
+    for fault in info_faults(dataset.info):
+        raise MarkError(f"{dataset.folder.address(DATASET)}: {fault}; run `python -m shards verify {url}`")
     result = _from_marks(dataset)
     wanted = min(DEFAULT_SAMPLE if sample is None else sample, result["counts"]["ok"])
     gather = _Gather()
@@ -67,8 +80,8 @@ def stats(
 
 def _from_marks(dataset: Dataset) -> dict[str, Any]:
     counts: dict[str, Any] = {"shards": 0, "in": 0, "ok": 0}
-    failed, size, timings, tar_bytes = Counter[str](), Counter[str](), Counter[str](), 0
-    for mark in dataset.marks():
+    failed, size, timings, tar_bytes = Counter[str](), Counter[str](), dict[str, float](), 0
+    for mark in _usable_marks(dataset):
         counts["shards"] += 1
         counts["in"] += mark["counts"]["in"]
         counts["ok"] += mark["counts"]["ok"]
@@ -77,8 +90,10 @@ def _from_marks(dataset: Dataset) -> dict[str, Any]:
         for places in mark["index"].values():
             for member, (_, length) in places.items():
                 size[member] += length
-        for name, seconds in mark["timings"].items():
-            timings[name] += seconds
+        found = mark.get("timings")
+        for name, seconds in found.items() if isinstance(found, dict) else ():
+            if isinstance(seconds, int | float) and abs(seconds) < 1e300:
+                timings[name] = timings.get(name, 0.0) + seconds
     ok = counts["ok"] or 1
     return {
         "url": dataset.folder.url,

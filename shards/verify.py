@@ -66,7 +66,7 @@ def verify(
         dataset = Dataset.open(url)
     except MarkError as error:
         return Report([f"{error}; {_AGAIN}"])
-    if faults := list(_info_faults(dataset.info)):
+    if faults := list(info_faults(dataset.info)):
         return Report([f"{dataset.folder.address(DATASET)}: {fault}; {_AGAIN}" for fault in faults])
     files = dataset.folder.list()
     problems = list(_folder_faults(dataset, files))
@@ -96,7 +96,7 @@ def verify(
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _info_faults(info: Mapping[str, Any]) -> Iterator[str]:
+def info_faults(info: Mapping[str, Any]) -> Iterator[str]:
     """What keeps dataset.json from being used at all, although its checksum fits."""
     missing = [name for name in ("members", "image", "estimators", "shards", "totals") if name not in info]
     if missing:
@@ -178,7 +178,7 @@ def _doubled_keys(dataset: Dataset, shards: list[str], results: list[_Shard]) ->
 def _check_shard(dataset: Dataset, shard: str, quick: bool) -> _Shard:
     try:
         mark = dataset.mark(shard)
-        if faults := list(_mark_faults(mark)):
+        if faults := list(mark_faults(mark)):
             return _Shard([f"{shard}.json: {fault}; {_REPAIR}" for fault in faults])
         problems = list(_failure_faults(dataset.folder, mark))
     except UserError as error:
@@ -196,7 +196,7 @@ def _check_shard(dataset: Dataset, shard: str, quick: bool) -> _Shard:
     return result
 
 
-def _mark_faults(mark: Mapping[str, Any]) -> Iterator[str]:
+def mark_faults(mark: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong inside a mark whose checksum fits."""
     counts, index = mark.get("counts"), mark.get("index")
     for name in ("tar", "failures"):
@@ -211,7 +211,7 @@ def _mark_faults(mark: Mapping[str, Any]) -> Iterator[str]:
     elif isinstance(index, dict) and counts["ok"] != len(index):
         yield f"counts.ok is {counts['ok']}, but the index has {len(index)} samples"
     places = index.values() if isinstance(index, dict) else [None]
-    if not all(isinstance(place, dict) and all(map(_is_place, place.values())) for place in places):
+    if not all(isinstance(place, dict) and place and all(map(_is_place, place.values())) for place in places):
         yield "the field 'index' does not state an offset and a size for each member"
 
 
@@ -342,7 +342,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_place(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+    return (
+        isinstance(value, list) and len(value) == 2 and all(_is_count(number) and number < 1 << 63 for number in value)
+    )
 
 
 def _short(value: Any) -> str:

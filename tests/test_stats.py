@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from shards.__main__ import app
 from shards.dataset import Dataset
+from shards.gallery import write_gallery
+from shards.marks import MarkError, seal
 from shards.stats import percentiles, spread, stats
 from shards.storage import Folder
 from tests.labelled import members_of, write_dataset
@@ -94,6 +96,24 @@ def test_an_empty_dataset_has_figures_too(tmp_path: Path) -> None:
     found = stats(folder.url)
     assert found["counts"]["ok"] == 0 and found["counts"]["failed"] == 2 and found["intrinsics"] == {}
     assert CliRunner().invoke(app, ["stats", folder.url]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("000001.json", "counts", {"in": 3, "ok": 2, "failed": 1}),
+        ("000001.json", "index", {"s1-0": {}, "s1-1": {"txt": [-1, 3]}}),
+        ("000001.json", "index", {"s1-0": {"txt": [0, 10**400]}, "s1-1": {"txt": [0, 3]}}),
+        ("000001.json", "tar", None),
+        ("dataset.json", "members", [["txt"]]),
+    ],
+)
+def test_crafted_marks_are_refused_with_a_sentence(folder: Folder, name: str, field: str, value: object) -> None:
+    path = Path(folder.url) / name
+    path.write_bytes(seal(json.loads(path.read_bytes()) | {field: value}))
+    for look in (stats, write_gallery):
+        with pytest.raises(MarkError, match=f"{name}: .*python -m shards verify"):
+            look(folder.url)
 
 
 def test_the_command_line_starts_without_torch() -> None:
