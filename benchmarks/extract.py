@@ -41,7 +41,7 @@ def extraction(images: Path, out: Path, estimators: str, size_px: int, workers: 
         out=str(out),
         source={"kind": "folder", "path": str(images)},
         image=ImageRules(size_px=size_px),
-        run=RunConfig(estimators=estimators, shard_size=50, workers=workers),
+        run=RunConfig(estimators=estimators, shard_size=200, workers=workers),
     )
     return run(config)
 
@@ -97,7 +97,7 @@ def where_time_goes(console: Console, folder: Path, count: int, workers: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Extraction against the estimators' bare forward passes.")
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     console = Console()
