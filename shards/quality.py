@@ -1,6 +1,6 @@
 """Cheap scores that find bad labels without ground truth, stored in json["intrinsics"]["quality"] for filtering.
 
-They are measured on a grid of about GRID x GRID pixels: scores want no more, and large maps cost no more than small ones.
+They are measured on a grid of at most about GRID x GRID pixels: scores want no more, and large maps cost no more than small ones.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def _grid(values: np.ndarray) -> np.ndarray:
 
 
 def _step(values: np.ndarray) -> int:
-    return max(1, min(values.shape[:2]) // GRID)
+    return max(1, -(-min(values.shape[:2]) // GRID))  # rounded up: never more than GRID x GRID
 
 
 def _depth_scores(depth: IntrinsicMap) -> dict[str, float]:
