@@ -1,6 +1,7 @@
 """Cheap scores that find bad labels without ground truth, stored in json["intrinsics"]["quality"] for filtering.
 
-They are measured on a grid of at most about GRID x GRID pixels: scores want no more, and large maps cost no more than small ones.
+They are measured on a grid of at most about GRID x GRID pixels: scores want no more, and large maps cost no more than
+small ones.
 """
 
 from collections.abc import Mapping
