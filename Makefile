@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= demo
+SHARDS ?= data/$(DATA)
+PROMPT ?=
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -14,6 +16,7 @@ help:           ## this list
 	@echo
 	@echo '  DATA=demo|FOLDER|RECIPE  what to extract        ARGS="..."  further options of the command'
 	@echo '  PROMPT="..."             what to sample         VENV=.venv  where the environment is'
+	@echo '  SHARDS=FOLDER|URL        what to train on, data/$(DATA) if not said'
 
 setup: $(VENV)/.ready  ## the virtual environment with pinned versions (the other targets do this by themselves)
 
@@ -28,10 +31,10 @@ extract: setup  ## DATA -> shards with depth, normals, segmentation and line dra
 	@$(BIN)/python -m extract $(DATA) $(ARGS)
 
 train: setup    ## shards -> intrinsic VAE -> LoRA
-	@$(BIN)/python -m train $(ARGS)
+	@$(BIN)/python -m train both --shards $(SHARDS) $(ARGS)
 
 sample: setup   ## PROMPT -> an image and its four intrinsics
-	@$(BIN)/python -m infer sample --prompt "$(PROMPT)" $(ARGS)
+	@$(BIN)/python -m infer sample $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
 test: setup     ## all tests, in two processes of one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

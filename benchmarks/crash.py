@@ -90,7 +90,7 @@ def disturb(out: Path, workers: int, estimators: str, rng: random.Random, longes
     else:  # while shards are written
         while driver.poll() is None and not (out / ".writing").exists():
             time.sleep(0.005)
-        _sleep(driver, rng.uniform(0, longest_s / 4))
+        _sleep(driver, rng.uniform(0, longest_s / 8))
     killed = "nothing (it had ended)"
     if driver.poll() is None and victim == "worker" and (pids := workers_of(driver.pid)):
         os.kill(rng.choice(pids), signal.SIGKILL)

@@ -2,9 +2,15 @@
 
     python -m benchmarks.laion_like FOLDER [--rows 20000] [--port 8377]
 
+    python -m benchmarks.laion_like FOLDER [--rows 20000] --extract          (all of it, with the check at the end)
+    python -m benchmarks.laion_like FOLDER [--rows 20000] --check DATASET
+
 writes FOLDER/part-*.parquet with the columns of LAION-Aesthetics, FOLDER/laion_like.toml (the recipe `laion`, reading
 these tables and allowed to ask this server) and FOLDER/expected.json (how many rows are of which sort), then serves until it is
 interrupted. In another terminal: make extract DATA=FOLDER/laion_like.toml
+
+--check says for every row of a dataset that was made of them whether it ended as a row of its sort must; a failure
+that another attempt may mend (a timeout on a busy machine) is counted apart.
 
 The server listens on many addresses of the loopback network, 127.0.0.1 to 127.0.0.24, as so many hosts. The same rows
 and images are made every time.
@@ -14,6 +20,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +32,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
 
+from extract.reasons import is_passing
+from shards.dataset import Dataset
 from tests.web import Web, photograph
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 25)]
@@ -81,6 +93,44 @@ SHARES = {
     "too small": 10,
     "elongated": 5,
     "no such host": 3,
+}
+
+
+PRESENT = ("ok", "filtered_repeated_url", "filtered_repeated_content")  # the same image may stand earlier in the shard
+
+# How rows of each sort end; "ok" is a sample.
+OUTCOMES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ok", "flaky", "busy", "typed", "otherbot", "moved", "same", "same url"), PRESENT),
+    **dict.fromkeys(("404", "410"), ("not_found",)),
+    **dict.fromkeys(("silent", "dripping"), ("timeout",)),
+    **dict.fromkeys(("endless", "huge"), ("too_many_bytes", "timeout")),
+    **dict.fromkeys(("headers", "cut", "nonsense", "hang-up"), ("connection_lost", "timeout")),
+    **dict.fromkeys(("private", "metadata", "mapped", "decimal address", "loopback name"), ("forbidden_address",)),
+    **dict.fromkeys(("file", "nowhere"), ("bad_redirect",)),
+    "403": ("access_denied",),
+    "418": ("http_error",),
+    "503": ("server_error",),
+    "banned": ("too_many_requests",),
+    "truncated": ("truncated",),
+    "broken": ("truncated", "corrupt", "filtered_repeated_content"),  # all have the same bytes
+    "html": ("not_an_image",),
+    "svg": ("unsupported_format",),
+    "empty": ("empty",),
+    "bomb": ("content_encoded",),
+    "noai": ("opted_out",),
+    "loop": ("too_many_redirects",),
+    "closed port": ("connect_failed",),
+    "not https": ("tls_failed",),
+    "no url": ("bad_row",),
+    "ftp": ("bad_url",),
+    "low score": ("filtered_aesthetic",),
+    "unsafe": ("filtered_unsafe",),
+    "watermark": ("filtered_watermark",),
+    "cyrillic": ("filtered_caption_script",),
+    "short caption": ("filtered_caption_length",),
+    "too small": ("filtered_size",),
+    "elongated": ("filtered_aspect",),
+    "no such host": ("no_such_host", "dns_failed"),
 }
 
 
@@ -167,12 +217,64 @@ def toml(tables: dict[str, Any], where: str = "") -> list[str]:
     return lines
 
 
+def check(out: str, rows: int) -> None:
+    """Compares a dataset with the rows, one by one, and prints what they became. Raises SystemExit if a row is wrong."""
+    dataset = Dataset.open(out)
+    ends = dict.fromkeys(dataset.keys(), "ok")
+    lines = 0
+    for shard in dataset.shard_names():
+        for line in dataset.failures(shard):
+            ends[line["key"]] = line["reason"]
+            lines += 1
+    wanted = sorts(rows, np.random.default_rng(0))
+    keys = [f"{row // ROWS_PER_TABLE:05d}-{row % ROWS_PER_TABLE:09d}" for row in range(rows)]
+    if sorted(keys) != sorted(ends) or lines + dataset.info["totals"]["ok"] != rows:
+        raise SystemExit(f"{out} lists {len(ends)} inputs; there were {rows} rows")
+    found = Counter((sort, ends[key]) for key, sort in zip(keys, wanted, strict=True))
+    table = Table("rows of the sort", "ended as", "rows", "")
+    wrong = 0
+    for (sort, end), count in sorted(found.items()):
+        right = end in OUTCOMES[sort]
+        wrong += 0 if right or is_passing(end) else count
+        table.add_row(sort, end, f"{count}", "" if right else "may pass" if is_passing(end) else "WRONG")
+    Console().print(table)
+    if wrong:
+        raise SystemExit(f"{wrong} rows ended as no row of their sort may")
+    missing = {reason for ends in OUTCOMES.values() for reason in ends[:1]} - set(Counter(ends.values()))
+    reasons = len(set(ends.values()) - {"ok"})
+    print(
+        f"all {rows} rows are accounted for, with {reasons} different reasons; not seen: {', '.join(missing) or 'none'}"
+    )
+
+
+def extract(folder: Path, rows: int, port: int) -> None:
+    """Serves in another process, extracts, and checks."""
+    command = [sys.executable, "-m", "benchmarks.laion_like", str(folder), "--rows", str(rows), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stdout.readline()
+        out = str(folder / "out")
+        try:
+            settings = ["--estimators", "null", "--no-gallery", "--out", out]
+            subprocess.run([sys.executable, "-m", "extract", str(folder / "laion_like.toml"), *settings], check=True)
+        finally:
+            server.terminate()
+    check(out, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--port", type=int, default=8377)
+    parser.add_argument("--extract", action="store_true", help="make the dataset FOLDER/out, too, and check it")
+    parser.add_argument("--check", metavar="DATASET", help="only compare a dataset with the rows")
     options = parser.parse_args()
+    if options.check:
+        check(options.check, options.rows)
+        return
+    if options.extract:
+        extract(options.folder, options.rows, options.port)
+        return
     web = Web(images(), distinct=True)
     write(options.folder, options.rows, options.port)
 

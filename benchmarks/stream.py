@@ -1,17 +1,23 @@
-"""Streaming speed at 512 px with all members, in one run, beside its limit and a peer.
+"""Streaming speed at 512 px with all members, in one run, beside its limit and a peer; from a disk and from S3.
 
-    python -m benchmarks.stream [--samples 512] [--workers 1]
+    python -m benchmarks.stream [--samples 512] [--workers 1] [--cores 1] [--skip-s3]
 
-Rows: `shards.stream` in a DataLoader; plain webdataset with PIL for the image and a handler for the maps, in the same
-DataLoader; and the cost of decoding alone, from memory. The last line is the time to find a position at the end of a
-million samples. Ratios to ours are what counts.
+Rows: `shards.stream` in its loader; plain webdataset in a DataLoader, with PIL for the image and a handler for
+the maps, once with a handler that gives what we give (maps in their units, by the same decoders) and once with one that
+stops at the codes of the PNGs; and the cost of decoding alone, from memory, in one thread. The S3 server
+(benchmarks/slow_store.py) is a process of its own, with a delay before every answer. The last line is the time to open a
+dataset of a million samples, and to find the key at the end of its first epoch. Ratios to ours are what counts; CPU time
+says more on a machine that is busy.
 """
 
 import argparse
+import gc
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +30,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from benchmarks.slow_store import BUCKET, slow_store
 from shards.dataset import Dataset, add_counts, write_info
 from shards.intrinsics import INTRINSICS, IntrinsicMap, describe_segments, order_segments
+from shards.loader import StreamLoader
 from shards.order import Order, Sampler
 from shards.sample import encode_meta, member_names
 from shards.storage import Folder
-from shards.stream import Stream
+from shards.stream import Item, Stream
 from shards.writer import ShardWriter
 
 
@@ -68,29 +76,41 @@ def make_dataset(path: Path, samples: int, size_px: int) -> str:
     return folder.url
 
 
-def as_tensors(item: Any, rng: np.random.Generator) -> tuple:
+def as_tensors(item: Item, rng: np.random.Generator) -> tuple:
     """Tensors, as a trainer wants them: they travel from loader workers through shared memory."""
-    maps = {name: torch.from_numpy(item.maps[name].values) for name in item.maps}
-    return item.key, torch.from_numpy(item.image.copy()), maps
+    assert item.image is not None
+    return item.key, torch.from_numpy(item.image.copy()), {n: torch.from_numpy(m.values) for n, m in item.maps.items()}
 
 
 def ours(url: str, samples: int, workers: int) -> Iterable[Any]:
     sampler = Sampler(batch=8, samples=samples)
-    stream = Stream([url], transform=as_tensors)
-    return DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    return StreamLoader(Stream([url], transform=as_tensors), sampler, num_workers=workers)
 
 
-def decode_map(key: str, data: bytes) -> np.ndarray | None:
+def codes_of(key: str, data: bytes) -> np.ndarray | None:
     """webdataset's own decoder turns 16-bit PNGs into 8-bit RGB: maps need a handler that runs first."""
     if not key.endswith(("depth.png", "normal.png", "segmentation.png", "line.png")):
         return None
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def plain(url: str, samples: int, workers: int) -> Iterable[Any]:
-    tars = sorted(map(str, Path(url).glob("*.tar")))
-    data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(64).decode(decode_map, "rgb8")
-    return DataLoader(data.batched(8, collation_fn=list), batch_size=None, num_workers=workers)
+def values_of(key: str, data: bytes) -> np.ndarray | None:
+    """A handler that gives metres, unit normals, segment ids and lines in 0..1, by our own decoders."""
+    for row in INTRINSICS.values():
+        if key.endswith(row.member):
+            return row.decode(data, {"kind": "metric"}).values
+    return None
+
+
+def tensors_of(sample: dict[str, Any]) -> tuple:
+    maps = {name: torch.from_numpy(sample[row.member]) for name, row in INTRINSICS.items()}
+    return sample["__key__"], torch.from_numpy(sample["jpg"].copy()), maps, sample["txt"], sample["json"]
+
+
+def plain(tars: list[str], workers: int, handler: Callable[[str, bytes], np.ndarray | None]) -> Iterable[Any]:
+    data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(64).decode(handler, "rgb8")
+    batches = data.map(tensors_of).batched(8, collation_fn=list)
+    return DataLoader(batches, batch_size=None, num_workers=workers)
 
 
 def decoding_alone(url: str, samples: int) -> float:
@@ -105,10 +125,61 @@ def decoding_alone(url: str, samples: int) -> float:
     return time.perf_counter() - begin
 
 
-def seconds(run: Callable[[], Iterable[Any]]) -> float:
+def seconds(run: Callable[[], Iterable[Any]], samples: int) -> float:
+    begin, seen = time.perf_counter(), 0
+    for batch in run():
+        seen += len(batch)
+    assert seen == samples, f"{seen} samples instead of {samples}"
+    return time.perf_counter() - begin
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all its children that have ended."""
+    return sum(os.times()[:4])
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def measure(title: str, runs: dict[str, Callable[[], float]], samples: int, repeat: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    cpu = dict.fromkeys(runs, 0.0)
+    for _ in range(repeat):  # in turn, so that a drift of the machine hits all alike
+        for name, run in runs.items():
+            before = cpu_seconds()
+            times[name].append(run())
+            gc.collect()  # the loader's workers have ended now
+            cpu[name] += cpu_seconds() - before
+    rates = {name: samples / sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+    first = next(iter(rates.values()))
+    table = Table(title=title, title_justify="left")
+    for column in ("", "samples/s", "shards.stream / this", "CPU ms a sample"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:.1f}", f"{first / rate:.2f}", f"{cpu[name] / repeat / samples * 1000:.1f}")
+    Console().print(table)
+
+
+def runs_of(url: str, tars: list[str], samples: int, workers: int) -> dict[str, Callable[[], float]]:
+    return {
+        "shards.stream": lambda: seconds(lambda: ours(url, samples, workers), samples),
+        "webdataset, maps as values": lambda: seconds(lambda: plain(tars, workers, values_of), samples),
+        "webdataset, maps as codes": lambda: seconds(lambda: plain(tars, workers, codes_of), samples),
+    }
+
+
+def time_to_resume(folder: Path) -> float:
+    """Seconds to open a dataset of 1000 shards of 1000 samples, and to name the last sample of the first epoch."""
+    names = member_names("jpg", tuple(INTRINSICS))
+    shard = Order([1000] * 1000, seed=1).place(999_999).shard
+    with ShardWriter(Folder(folder), shard, members=names, made={}) as writer:
+        for i in range(1000):
+            writer.add(f"{i:09d}", dict.fromkeys(names, b""))
+        writer.commit({})
+    totals = {"in": 1_000_000, "ok": 1_000_000, "failed": {}, "shards": [1000] * 1000}
+    write_info(Folder(folder), {"members": names, "image": "jpg", "totals": totals})
     begin = time.perf_counter()
-    for _ in run():
-        pass
+    Stream([str(folder)], seed=1).key(999_999)
     return time.perf_counter() - begin
 
 
@@ -118,25 +189,29 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cores", type=int, help="use so many cores only (the S3 server has all)")
+    parser.add_argument("--delay-ms", type=float, default=30, help="of every answer of the S3 server")
+    parser.add_argument("--skip-s3", action="store_true")
     given = parser.parse_args()
     cv2.setNumThreads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        url = make_dataset(Path(folder), given.samples, given.size)
-        times: dict[str, list[float]] = {"shards.stream": [], "plain webdataset": [], "decoding alone, 1 thread": []}
-        for _ in range(given.repeat):  # in turn, so that a drift of the machine hits all alike
-            times["shards.stream"].append(seconds(lambda: ours(url, given.samples, given.workers)))
-            times["plain webdataset"].append(seconds(lambda: plain(url, given.samples, given.workers)))
-            times["decoding alone, 1 thread"].append(decoding_alone(url, given.samples))
-    table = Table(title=f"{given.samples} samples at {given.size} px, all members, {given.workers} loader workers")
-    for column in ("", "samples/s", "shards.stream / this"):
-        table.add_column(column, justify="left" if not column else "right")
-    best = {name: given.samples / sorted(measured)[len(measured) // 2] for name, measured in times.items()}
-    for name, rate in best.items():
-        table.add_row(name, f"{rate:.1f}", f"{best['shards.stream'] / rate:.2f}")
-    Console().print(table)
-    begin = time.perf_counter()
-    Order([1000] * 1000, seed=1).place(999_999)
-    print(f"finding the last of 1,000,000 samples: {time.perf_counter() - begin:.4f} s")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "data"
+        folder.mkdir()
+        url = make_dataset(folder, given.samples, given.size)
+        title = f"{given.samples} samples at {given.size} px, all members, {given.workers} loader workers"
+        everything = os.sched_getaffinity(0)
+        with nullcontext() if given.skip_s3 else slow_store(folder, given.delay_ms / 1000) as endpoint:
+            os.sched_setaffinity(0, sorted(everything)[: given.cores])
+            tars = sorted(folder.glob("*.tar"))
+            runs = runs_of(url, list(map(str, tars)), given.samples, given.workers)
+            runs["decoding alone, 1 thread"] = lambda: decoding_alone(url, given.samples)
+            measure(f"{title}, from a disk", runs, given.samples, given.repeat)
+            if endpoint is not None:
+                urls = [f"pipe:curl -s -f {endpoint}/{BUCKET}/{path.name}" for path in tars]
+                runs = runs_of(f"s3://{BUCKET}", urls, given.samples, given.workers)
+                measure(f"{title}, from S3 with {given.delay_ms:g} ms", runs, given.samples, given.repeat)
+        print(f"opening 1,000,000 samples and finding the last one: {time_to_resume(Path(scratch) / 'million'):.3f} s")
 
 
 if __name__ == "__main__":

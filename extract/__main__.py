@@ -24,31 +24,33 @@ def _share(text: str | None) -> float | None:
 def _list_estimators(value: bool) -> None:
     if not value:
         return
-    from extract.estimators.table import ROWS, SETS
+    from extract.estimators.listing import show
 
-    table = Table(title="Estimators", title_justify="left")
-    for column in ("row", "yields", "licence", "what", "in the sets"):
-        table.add_column(column, overflow="fold")
-    for row in ROWS.values():
-        sets = [chosen.name for chosen in SETS.values() if row.name in chosen.rows.values()]
-        table.add_row(row.name, ", ".join(row.yields), row.licence, row.what, ", ".join(sets))
-    Console().print(table)
+    show()
     raise typer.Exit
 
 
 @app.command(no_args_is_help=True)
 def main(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A recipe (demo, laion, ...), a .toml of your own, or the data itself: a folder of images, WebDataset tars "
-            "('shards/{00000..00099}.tar'), a Hugging Face dataset saved on disk."
+            "('shards/{00000..00099}.tar'), a Hugging Face dataset saved on disk.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="Where the dataset goes: a folder or any fsspec URL.", show_default="data/DATA")
     ] = None,
-    estimators: Annotated[str | None, typer.Option(help="The set of estimators.", show_default="the recipe's")] = None,
+    estimators: Annotated[
+        str | None,
+        typer.Option(
+            help="A set of estimators or one of the table's rows (--list-estimators), a .toml that mixes rows, or a folder "
+            "with a checkpoint.",
+            show_default="the recipe's",
+        ),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Make only these maps, such as depth,line; keep the others.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first N inputs.")] = None,
     size: Annotated[int | None, typer.Option(help="Shorter side in pixels, at most.", show_default="512")] = None,
@@ -67,6 +69,12 @@ def main(
     max_failed: Annotated[
         str | None, typer.Option(help="Exit with status 3 if more inputs fail.", show_default="10%")
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed and may pass (timeouts, 5xx); append it.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan: shards, samples, bytes, hours; write nothing.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any setting of the recipe: TABLE.KEY=VALUE, such as source.tables=/my/folder."),
@@ -78,6 +86,9 @@ def main(
             "--list-estimators", help="Show the table of estimators.", callback=_list_estimators, is_eager=True
         ),
     ] = False,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Bring the weights of --estimators onto this machine; extract nothing.")
+    ] = False,
     debug: cli.DebugOption = False,
 ) -> None:
     """Extracts DATA into a dataset of WebDataset shards, on this machine or on a Ray cluster.
@@ -86,7 +97,16 @@ def main(
     and listed with their reason. Next: `python -m shards stats OUT`.
     """
     from extract.config import load_extract_config, merge, parse_setting
+    from extract.estimators.listing import fetch_all, notes
     from extract.estimators.table import find_set
+
+    if fetch:
+        if estimators is None:
+            raise UsageError("--fetch: say of which set, such as --estimators open; --list-estimators shows them")
+        fetch_all(find_set(estimators))
+        return
+    if data is None:
+        raise UsageError("say what to extract: python -m extract DATA, such as demo or a folder; --help shows more")
     from extract.run import run
 
     options: dict[str, dict[str, Any]] = {
@@ -107,10 +127,16 @@ def main(
     for setting in settings or ():
         options = merge(options, parse_setting(setting))
     config = load_extract_config(data, out, options)
-    note = find_set(config.run.estimators).note
-    if note and config.source.get("kind") != "demo":
+    for note in notes(find_set(config.run.estimators), demo=config.source.get("kind") == "demo"):
         Console(stderr=True).print(f"note: {note}", style="yellow", highlight=False)
-    summary = run(config)
+    if dry_run and retry_failed:
+        raise UsageError("--dry-run plans a first attempt; leave --retry-failed out")
+    if dry_run:
+        from extract.plan import make_plan, show
+
+        show(make_plan(config))
+        return
+    summary = run(config, retry_failed=retry_failed)
     _print_summary(summary)
     if gallery:
         from shards.gallery import write_gallery
@@ -120,11 +146,17 @@ def main(
 
 
 def _print_summary(summary: Any) -> None:
+    from extract.reasons import is_passing
+
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("dataset", summary.out)
-    table.add_row("samples", f"{summary.ok} of {summary.samples_in} inputs, in {summary.shards} shards")
-    for reason, count in summary.failed.most_common():
-        table.add_row("failed", f"{count} x {reason}")
+    stand = summary.stand
+    table.add_row("samples", f"{stand.ok} of {stand.inputs} inputs, in {summary.shards} shards")
+    for name, reasons in (("left out", stand.dropped), ("failed", stand.failed)):
+        for reason, count in reasons.most_common():
+            table.add_row(name, f"{count} x {reason}")
+    if passing := sum(count for reason, count in stand.failed.items() if is_passing(reason)):
+        table.add_row("", f"{passing} of the failures may pass: --retry-failed tries them again")
     if summary.made:
         speed = summary.made / summary.seconds
         table.add_row("this run", f"{summary.made} inputs in {summary.seconds:.1f} s ({speed:.1f}/s)")

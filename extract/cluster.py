@@ -77,6 +77,11 @@ def cluster_size(cpus: float, gpus: float) -> int:
     return max(1, min(by_gpu, int(there.get("CPU", 1) / cpus)))
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True)
 class Staff:
     """How many workers there are, on what they compute, and what each gets."""
@@ -101,6 +106,28 @@ def plan_staff(wishes: RunConfig) -> Staff:
     workers = wishes.workers or cluster_size(1, wishes.gpus_per_worker)
     cores = int(there.get("CPU", 1)) // workers
     return Staff(workers, "cuda", wishes.gpus_per_worker, wishes.threads or min(max(cores, CPU_THREADS), GPU_THREADS))
+
+
+@contextmanager
+def hired(setup: WorkerSetup, staff: Staff) -> Iterator[Callable[..., Any]]:
+    """One worker, to be asked by the name of a method. What it answers with a sentence is raised as UserError."""
+    options = {"num_cpus": 1, "num_gpus": staff.gpus_per_worker, "max_restarts": 0}
+    actor: Any = ray.remote(Worker)
+    worker = actor.options(**options).remote(setup)
+
+    def ask(method: str, *arguments: Any) -> Any:
+        try:
+            answer = ray.get(getattr(worker, method).remote(*arguments))
+        except RayError as error:
+            raise UserError(f"the worker failed: {_cause(error)}") from error
+        if isinstance(answer, str):
+            raise UserError(answer)
+        return answer
+
+    try:
+        yield ask
+    finally:
+        ray.kill(worker)
 
 
 # ---- what workers are asked ------------------------------------------------------------------------------------------
@@ -158,11 +185,12 @@ class Died:
 class Pool:
     """Up to `size` workers. Questions go only to workers that have started, so that none waits for a node that is gone."""
 
-    def __init__(self, setup: WorkerSetup, size: int, *, cpus: float, gpus: float) -> None:
+    def __init__(self, setup: Any, size: int, *, cpus: float, gpus: float, worker: type = Worker) -> None:
+        """setup: what each worker is made with. worker: a class with the methods of Worker that questions call."""
         self.size = size
         self._reference = ray.put(setup)
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
-        self._actor: Any = ray.remote(Worker).options(**options)
+        self._actor: Any = ray.remote(worker).options(**options)
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, Question]] = {}

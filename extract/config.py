@@ -22,7 +22,8 @@ class RunConfig:
     only: the intrinsics to make; those that the dataset has already are kept. workers: 0 for one per core (or GPU).
     threads: for decoding, and for encoding, in each worker; 0 for two, or more beside a GPU.
     max_failed: the share of inputs that may fail.
-    window: images that are decoded, estimated and encoded together.
+    window: images that are decoded, estimated and encoded together. dtype: of the networks; auto is bfloat16 on GPUs that
+    compute in it, else float32.
     """
 
     estimators: str = "demo"
@@ -33,7 +34,7 @@ class RunConfig:
     threads: int = 0
     window: int = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gpus_per_worker: float = 1.0
     address: str = "local"
     max_failed: float = 0.1

@@ -1,7 +1,7 @@
-"""Filters on the columns of a table, applied before anything is downloaded; each drop has its reason.
+"""Filters on the columns of a table, or on the fields of a sample, applied before anything is downloaded or decoded.
 
-A filter that is not set costs nothing and asks for no column. A row whose value is missing (null, NaN, no number) is
-dropped by a filter that needs it, unless `missing` is "keep".
+Each drop has its reason. A filter that is not set costs nothing and asks for no column. A row whose value is missing
+(null, NaN, no number) is dropped by a filter that needs it, unless `missing` is "keep".
 """
 
 import math
@@ -118,6 +118,20 @@ class Filters:
                 if outcome[row] is None:
                     outcome[row] = (reason, message(int(row)))
         return outcome
+
+    def drop(self, fields: Mapping[str, Any], caption: str) -> tuple[str, str] | None:
+        """(reason, message) if a single sample is dropped, by fields of its own; one that it lacks has no value."""
+        if not self.needs and not self.needs_captions:
+            return None
+        values = {quantity: [self._field(quantity, fields)] for quantity in self.needs}
+        return self.drops(values, [caption])[0]
+
+    def _field(self, quantity: str, fields: Mapping[str, Any]) -> Any:
+        given = getattr(self, f"{quantity}_column")
+        if given:
+            return fields.get(given)
+        by_name = {name.lower(): value for name, value in fields.items()}
+        return next((by_name[name] for name in USUAL_COLUMNS[quantity] if name in by_name), None)
 
     def _numeric(self, numbers: Mapping[str, np.ndarray]) -> list["_Check"]:
         bounds = (

@@ -47,6 +47,12 @@ class Reporter:
     ) -> None:
         self._progress.stop()
 
+    def expect_more(self, count: int) -> None:
+        """Further inputs, beyond the total that was given."""
+        if self._total is not None:
+            self._total += count
+            self._progress.update(self._task, total=self._total)
+
     def advance(self, done: int, failed: int, *, again: bool = False) -> None:
         """Counts a unit that ended; `again` if an earlier run had made it."""
         self._done += done

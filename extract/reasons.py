@@ -55,9 +55,9 @@ REASONS: dict[str, Reason] = {
     "filtered_unsafe": Reason("read", "it is more probably unsafe than the filter allows"),
     "filtered_watermark": Reason("read", "it more probably has a watermark than the filter allows"),
     "filtered_similarity": Reason("read", "image and caption fit each other less than the filter demands"),
-    "duplicate_url": Reason("read", "an earlier row has the same URL"),
-    "duplicate_hash": Reason("read", "an earlier row has the same value in a column that must be distinct"),
-    "duplicate_content": Reason("read", "an earlier row of the same shard led to exactly the same bytes"),
+    "filtered_repeated_url": Reason("read", "an earlier row has the same URL"),
+    "filtered_repeated_hash": Reason("read", "an earlier row has the same value in a column that must be distinct"),
+    "filtered_repeated_content": Reason("read", "an earlier row of the same shard led to exactly the same bytes"),
     "table_unreadable": Reason("read", "a part of a table could not be read when its turn came", passing=True),
     # downloading
     "bad_url": Reason("read", "not a usable http or https URL"),
@@ -102,13 +102,22 @@ REASONS: dict[str, Reason] = {
     ),
 }
 
+
+def is_passing(reason: str) -> bool:
+    """Whether another attempt, later, may well succeed."""
+    return reason in REASONS and REASONS[reason].passing
+
+
 _PAGE = """# Why an input gives no sample
 
 Every input of a run is either a sample of a shard, or one line of the shard's `.failed.jsonl`: its key, the stage at
 which it failed, a reason of this table, and a message with the particulars. `python -m shards stats URL` counts them.
 
-This page is written by `python -m extract.reasons > docs/failures.md`. A *passing* failure may well succeed at another
-attempt; all others are final.
+A *passing* failure may well succeed at another attempt, and `python -m extract DATA --retry-failed` makes one; all others
+are final. Inputs whose reason begins with `filtered_`, and forgotten ones, were left out on purpose: they are counted
+apart, and not among the failures that `--max-failed` bounds.
+
+This page is written by `python -m extract.reasons > docs/failures.md`.
 
 | reason | stage | what it means |
 |---|---|---|

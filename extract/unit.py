@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from extract.ahead import map_ahead
+from extract.batches import BatchSize, estimate_all
 from extract.estimators import Estimator
 from extract.images import ImageProblem, ImageRules, Prepared, prepare
 from extract.sources import Failure, RawSample, Source, Unit
+from shards.counts import is_drop
 from shards.dataset import Dataset
 from shards.forget import REASON as FORGOTTEN
 from shards.forget import Forgotten, read_forgotten
@@ -37,18 +39,19 @@ AHEAD_BYTES = 256 << 20
 """Not much more is read and decoded ahead of the estimators."""
 
 
-class DeviceLost(Exception):
-    """The accelerator is in a state from which this process cannot recover; a new one can."""
-
-
 @dataclass(frozen=True)
 class Loaded:
-    """An estimator in memory, the maps wanted of it, and the ids of its fingerprint that go into the samples' `by`."""
+    """An estimator in memory, the maps wanted of it, the id of its fingerprint that goes into the samples' `by`, and the
+    most images that it is given at once (`size`: as many as its memory held so far)."""
 
     estimator: Estimator
     intrinsics: tuple[str, ...]
     id: str
     batch: int
+    size: BatchSize = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", BatchSize(self.batch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,27 +284,15 @@ def _estimate(window: list[_Item], estimators: Sequence[Loaded], progress: Progr
                 item.by[name] = loaded.id
             if not all(_kept(item, name, loaded.id) for name in loaded.intrinsics):
                 todo.append(item)
-        for start in range(0, len(todo), loaded.batch):
-            with progress.timed("estimate_s"):
-                _estimate_batch(todo[start : start + loaded.batch], loaded)
-
-
-def _estimate_batch(batch: list[_Item], loaded: Loaded) -> None:
-    """One batch; if the estimator fails on it, each image alone, so that only the culprits fail."""
-    images = [item.prepared.pixels for item in batch if item.prepared is not None]
-    try:
-        results = loaded.estimator(images)
-    except Exception as error:  # an estimator is foreign code: whatever it raises belongs to the images it was given
-        if "CUDA error" in str(error):  # but not this: nothing works in this process any more
-            raise DeviceLost(str(error)) from error
-        if len(batch) > 1:
-            for item in batch:
-                _estimate_batch([item], loaded)
-            return
-        batch[0].fail("estimate", "estimator_failed", f"{loaded.id}: {type(error).__name__}: {error}"[:MAX_MESSAGE])
-        return
-    for item, maps in zip(batch, results, strict=True):
-        item.maps |= {name: maps[name] for name in loaded.intrinsics if not _kept(item, name, loaded.id)}
+        images = [item.prepared.pixels for item in todo if item.prepared is not None]
+        with progress.timed("estimate_s"):
+            results = estimate_all(loaded.estimator, images, loaded.size)
+        for item, maps in zip(todo, results, strict=True):
+            if isinstance(maps, Exception):
+                reason = "out_of_memory" if isinstance(maps, MemoryError) else "estimator_failed"
+                item.fail("estimate", reason, f"{loaded.id}: {type(maps).__name__}: {maps}"[:MAX_MESSAGE])
+            else:
+                item.maps |= {name: maps[name] for name in loaded.intrinsics if not _kept(item, name, loaded.id)}
 
 
 # ---- encode and write ------------------------------------------------------------------------------------------------
@@ -337,7 +328,9 @@ def _members_of(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
         else:
             raise SampleError(f"there is no {name} for it")
     if item.maps or item.old is None:
-        described["quality"] = quality_scores({name: known[name] for name in INTRINSICS if name in known})
+        described["quality"] = quality_scores(
+            {name: known[name] for name in INTRINSICS if name in known}, prepared.pixels
+        )
     else:
         described["quality"] = item.old.meta["intrinsics"]["quality"]
     stored["json"] = encode_meta({**sample.meta, "intrinsics": described})
@@ -362,6 +355,6 @@ def _write(
         if item.failure is not None:
             failure = item.failure
             writer.fail(failure.key, failure.stage, failure.reason, failure.message)
-            progress.failed += 1
+            progress.failed += not is_drop(failure.reason)
         progress.done += 1
     encoded.clear()

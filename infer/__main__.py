@@ -1,5 +1,7 @@
-"""Command line of the model: sample images with their intrinsics; look at schedules."""
+"""Command line of the model: sample images with their intrinsics; look at schedules; measure and compare."""
 
+import re
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ app = new_app(
     """The model: images together with their depth, normals, segmentation and line drawing.
 
     sample    prompts -> pictures and maps      schedule    show w(l, t), how much the image takes from the intrinsics
+    evaluate  methods over many prompts -> a table with confidence intervals
     """
 )
 
@@ -82,6 +85,8 @@ def sample(
     if not asked:
         raise UsageError('there is nothing to draw; pass --prompt "TEXT" or --prompts FILE')
     resolve(base, "base")
+    if base == "demo":
+        _say_unknown_words(asked)
 
     from infer.outputs import maker
     from infer.run_folder import load_manifest
@@ -111,6 +116,19 @@ def sample(
     manifest = load_manifest(resolve(run_, "run"))
     jobs = jobs_for(request, maker(manifest)["id"], asked, range(seed, seed + num))
     _make(request, manifest, jobs, out, shards, shard_size, {"batch": batch, "workers": workers, "address": address})
+
+
+def _say_unknown_words(prompts: list[str]) -> None:
+    """The embedded base knows the captions of the demo world and nothing else."""
+    from extract.world.vocabulary import words
+
+    known = set(words())
+    unknown = sorted({word for text in prompts for word in re.findall(r"[a-z]+", text.lower())} - known)
+    if unknown:
+        print(
+            f"note: the base demo does not know {', '.join(unknown)}; its {len(known)} words are {', '.join(words())}",
+            file=sys.stderr,
+        )
 
 
 def _make(
@@ -176,6 +194,95 @@ def schedule(
     print(grid_text(chosen, maps[stages].stages))
     if plot is not None:
         plot_schedules({name: chosen}, maps[stages].stages, plot)
+
+
+@app.command()
+def evaluate(
+    base: Annotated[str, typer.Option(help="demo, a diffusers folder, or a hub id.")] = "demo",
+    run_: Annotated[str, typer.Option("--run", help="The run folder trained for that base.")] = "demo",
+    out: Annotated[str, typer.Option(help="Where images, scores and the table go.")] = "evaluation",
+    methods: Annotated[
+        str, typer.Option(help="base, base-2x (twice the steps), or schedules with settings, as in drop:tau=800.")
+    ] = "base,base-2x,drop,gaussian,joint",
+    search: Annotated[
+        Path | None,
+        typer.Option(help="A .toml grid of schedule settings in place of --methods; see docs/evaluation.md."),
+    ] = None,
+    captions: Annotated[int, typer.Option(min=2, help="How many prompts of the set.")] = 1000,
+    set_: Annotated[
+        str | None, typer.Option("--set", help="demo, multi, parti.", show_default="demo, or the file of --prompts")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file, one prompt a line; for parti, PartiPrompts.tsv.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Images per prompt and method.")] = 3,
+    map_seeds: Annotated[int, typer.Option(min=0, help="For how many of the seeds the maps are made, too.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    scheduler: Annotated[str | None, typer.Option(help="As of sample.", show_default="the base's own")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, or WIDTHxHEIGHT.", show_default="the base's own")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 32,
+    estimators: Annotated[str, typer.Option(help="The set that judges the maps; none for no agreement.")] = "demo",
+    reference: Annotated[
+        int, typer.Option(min=2, help="Renderings that the demo world's fidelity is held against.")
+    ] = 1000,
+    detector: Annotated[Path | None, typer.Option(help="A detector's folder.", show_default="the shipped one")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP score and CMMD: a CLIPModel, folder or hub id.")] = None,
+    hps: Annotated[str | None, typer.Option(help="HPSv2: its model as a CLIPModel, folder or hub id.")] = None,
+    image_reward: Annotated[str | None, typer.Option(help="ImageReward: the folder that holds its checkpoint.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", show_default="a GPU if there is one")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16.", show_default="bfloat16 on a GPU, else float32")
+    ] = None,
+    other_weights: Annotated[
+        bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draws every prompt with every method and seed, measures the images, and compares the methods with the base.
+
+    For captions of the demo world: layout, plausibility, agreement of the maps, FID and CMMD; for other prompts: agreement
+    and the hub's models that are given. Writes table.md, table.json and sheet.png; what is there is not made again.
+
+    Next: look at OUT/table.md; docs/evaluation.md says what the columns mean.
+    """
+    resolve(base, "base")
+    resolve(run_, "run")
+
+    from infer.evaluation.command import Told, judges_of, summary
+    from infer.evaluation.generate import Drawing, parse_methods
+    from infer.evaluation.run import Evaluation, search_methods
+    from infer.evaluation.run import evaluate as carry_out
+    from infer.evaluation.sets import prompt_set
+
+    evaluation = Evaluation(
+        drawing=Drawing(
+            base=base,
+            run=run_,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            size=_size(size),
+            seed=seed,
+            seeds=seeds,
+            map_seeds=map_seeds,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            other_weights=other_weights,
+        ),
+        methods=search_methods(search) if search else parse_methods(methods),
+        prompts=prompt_set(set_ or ("file" if prompts else "demo"), captions, prompts),
+        estimators="" if estimators == "none" else estimators,
+        reference=reference,
+        detector=detector,
+    )
+    judges = judges_of(clip=clip, hps=hps, image_reward=image_reward, device=device)
+    started = perf_counter()
+    with Told() as told:
+        outcome = carry_out(evaluation, out, judges, told)
+    print(summary(outcome, evaluation, perf_counter() - started))
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

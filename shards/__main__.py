@@ -1,4 +1,4 @@
-"""The command line: python -m shards verify | stats | show | list | gallery | forget."""
+"""The command line: python -m shards verify | stats | show | list | gallery | forget | dedup."""
 
 import json
 import sys
@@ -198,6 +198,57 @@ def forget(
         folder.remove(GALLERY)
         print(f"{GALLERY} removed too; `python -m shards gallery {url}` writes a new one")
     print(f"{summary.samples} samples removed, {summary.shards} shards written again")
+
+
+@app.command()
+def dedup(url: Url, debug: DebugOption = False) -> None:
+    """Removes samples whose image is, to the byte, that of an earlier sample of any shard.
+
+    Of equal images the first in the dataset's order stays. Only the shards concerned are written again; removed samples
+    are listed like forgotten ones, and do not come back. The same command again is harmless.
+    """
+    from shards.dedup import dedup as remove
+
+    with _bar("reading") as bar:
+        task = bar.add_task("reading", total=None)
+        summary = remove(url, lambda shard: bar.advance(task))
+    print(f"{summary.samples:,} repeated samples removed; {summary.shards:,} shards written again")
+
+
+@app.command()
+def select(
+    url: Url,
+    where: Annotated[
+        list[str], typer.Option(help="FIELD OPERATOR VALUE, such as 'quality.segments >= 3'. May be given many times.")
+    ],
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Keep the answer in this folder, where a training with the same conditions looks."),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Counts the samples whose metadata meet all conditions, and those that do not, by reason. Changes nothing.
+
+    FIELD is a path into the samples' json (`python -m shards show KEY URL`), quality.NAME, image.width, image.height,
+    image.aspect, or key_share, a number in [0, 1) made of the key.
+    """
+    from shards.dataset import Dataset
+    from shards.select import select as ask
+
+    with _bar("asking") as bar:
+        task = bar.add_task("asking", total=None)
+        found = ask(
+            Dataset.open(url),
+            where,
+            keep=keep,
+            progress=lambda done, all_: bar.update(task, completed=done, total=all_),
+        )
+    dropped = sum(found.dropped.values())
+    print(
+        f"{len(found.groups) - dropped:,} of {len(found.groups):,} samples meet {' and '.join(map(_one_line, where))}"
+    )
+    for reason, count in found.dropped.items():
+        print(f"{count:12,}  {_one_line(reason)}")
 
 
 def _bar(text: str) -> Progress:

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError, decode_png
-from shards.sample import Sample, SampleError
+from shards.sample import CACHES, Sample, SampleError
 
 _SIGNATURES = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
 MAX_FLOAT = sys.float_info.max
@@ -44,6 +45,7 @@ def check_sample(sample: Sample, info: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(image, dict) and "size" in image and image["size"] != [width, height]:
         yield f"{key}.json says the image has the size {image['size']}; it has {[width, height]}; make this shard again"
     yield from _quality_faults(key, described.get("quality"))
+    yield from _cache_faults(sample)
     for name in sample.intrinsics:
         yield from _map_faults(sample, name, described.get(name), (height, width), info)
 
@@ -57,6 +59,15 @@ def _quality_faults(key: str, quality: Any) -> Iterator[str]:
     for name, score in quality.items():
         if name != "by" and not _is_number(score):
             yield f"{key}.json: intrinsics.quality.{name} is {score!r}, not a number; make this shard again"
+
+
+def _cache_faults(sample: Sample) -> Iterator[str]:
+    for member in CACHES:
+        if member in sample.members:
+            try:
+                safetensors.deserialize(sample.members[member])
+            except safetensors.SafetensorError as error:
+                yield f"{sample.key}.{member} is no safetensors file: {error}; run the same `python -m train cache` again"
 
 
 def _map_faults(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shards.counts import FORGOTTEN_REASON
 from shards.dataset import Dataset, add_counts, write_info
 from shards.errors import UsageError, UserError
 from shards.marks import VERSION, seal, unseal
@@ -18,7 +19,7 @@ from shards.storage import Folder
 from shards.writer import ShardWriter, recover
 
 FORGOTTEN = "forgotten.json"
-REASON = "forgotten"
+REASON = FORGOTTEN_REASON
 URL_FIELDS = ("url", "URL", "image_url")
 
 
@@ -98,7 +99,7 @@ def forget(url: str, wanted: Forgotten, progress: Callable[[str], None] = lambda
     for shard in dataset.shard_names():
         recover(folder, shard)
         progress(shard)
-        if wanted.urls or wanted.hashes or wanted.keys & dataset.mark(shard)["index"].keys():
+        if wanted.urls or wanted.hashes or not wanted.keys.isdisjoint(dataset.mark(shard)["index"]):
             _forget_in_shard(dataset, shard, wanted, summary)
     totals = add_counts(dataset.marks())
     write_info(folder, dataset.info | {"totals": totals})

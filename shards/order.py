@@ -6,7 +6,6 @@ every rank always has an equal count, and nothing is dropped or repeated: positi
 P mod N of epoch P // N.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -57,10 +56,14 @@ class Order:
         return Place(int(shards[first + slot]), int(within + starts[first] - starts[first + slot]))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in this epoch's order, without empty ones, and the index at which each begins."""
-        shards = np.flatnonzero(self.counts)
+        """The shards in this epoch's order, without empty ones, and the index at which each begins.
+
+        Where a shard comes depends on no count: orders of several buckets of a dataset need the same shards at a time.
+        """
+        shards = np.arange(len(self.counts))
         if self.shuffle:
             shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
+        shards = shards[self.counts[shards] > 0]
         return shards, np.concatenate([[0], np.cumsum(self.counts[shards])[:-1]])
 
     def _permutation(self, epoch: int, window: int) -> np.ndarray:
@@ -124,14 +127,8 @@ class Sampler:
         if not 0 <= self.rank < self.world or self.batch < 1:
             raise UsageError(f"rank {self.rank} of {self.world} with batches of {self.batch} is impossible")
 
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.batch * self.world
-        for start in itertools.count(self.consumed, step):
-            if self.samples is not None and start >= self.samples:
-                return
-            stop = start + step if self.samples is None else min(start + step, self.samples)
-            if positions := list(range(start + self.rank, stop, self.world)):
-                yield positions
+    def __iter__(self) -> "Batches":
+        return Batches(self)
 
     def advance(self, steps: int = 1) -> None:
         """Counts `steps` global batches as trained on."""
@@ -142,3 +139,26 @@ class Sampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.consumed = int(state["consumed"])
+
+
+class Batches(Iterator[list[int]]):
+    """The batches of a sampler from its `consumed` on. Knows how far it was read itself, as torchdata's loader wants it."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler, self._start = sampler, sampler.consumed
+
+    def __next__(self) -> list[int]:
+        sampler, start = self._sampler, self._start
+        stop = start + sampler.batch * sampler.world
+        self._start = stop
+        if sampler.samples is not None:
+            stop = min(stop, sampler.samples)
+        if positions := list(range(start + sampler.rank, stop, sampler.world)):
+            return positions
+        raise StopIteration
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start = int(state["consumed"])

@@ -5,18 +5,24 @@ small ones.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 
 GRID = 160
+JUMP = 0.15
+"""A difference of depth between neighbours that counts as an edge: of its logarithm, or as a share of the range."""
 DEFAULT_FOCAL_RATIO = 1.0
 """The focal length assumed where none is known, as a share of the longer side (a field of view of 53 degrees)."""
 
 
-def quality_scores(maps: Mapping[str, IntrinsicMap]) -> dict[str, float]:
-    """Scores of one image's maps; only those whose maps are there.
+EDGE_SCORES = ("depth_edges", "segment_edges", "line_edges")
+
+
+def quality_scores(maps: Mapping[str, IntrinsicMap], image: np.ndarray | None = None) -> dict[str, float]:
+    """Scores of one image's maps; only those whose maps are there. image: uint8 (H, W, 3), for the last three.
 
     <name>_invalid     share of invalid pixels, 0..1
     depth_range        log(95 % quantile / 5 % quantile) of metric depth; of relative depth the quantiles' distance
@@ -25,6 +31,10 @@ def quality_scores(maps: Mapping[str, IntrinsicMap]) -> dict[str, float]:
     normal_depth_angle mean angle in degrees between the normals and the normals of the depth (metric depth only)
     segments           number of segments;  segmented  share of the image inside a segment, 0..1
     line_density       mean of the line drawing, 0..1
+    depth_edges, segment_edges, line_edges
+                       whether the image changes where the map does: the mean, over the places where depth jumps, segments
+                       meet or lines are, of the share of the image that changes less; 1 at best, 0.5 by chance, for the
+                       maps of another image, and where there is no such place
     """
     scores = {
         f"{name}_invalid": float(1 - INTRINSICS[name].valid(_grid(item.values)).mean())
@@ -40,6 +50,8 @@ def quality_scores(maps: Mapping[str, IntrinsicMap]) -> dict[str, float]:
         scores |= {"segments": float(ids.max()), "segmented": float((_grid(ids) > 0).mean())}
     if "line" in maps:
         scores["line_density"] = float(_grid(maps["line"].values).mean())
+    if image is not None:
+        scores |= _edge_scores(maps, image)
     return {name: round(score, 6) for name, score in scores.items()}
 
 
@@ -67,6 +79,66 @@ def _depth_scores(depth: IntrinsicMap) -> dict[str, float]:
     inner = z[:-1:step, :-1:step]
     flat = (inner == z[:-1:step, 1::step]) & (inner == z[1::step, :-1:step]) if min(z.shape) > 1 else np.ones(1, bool)
     return {"depth_range": spread, "depth_flatness": float(flat.mean())}
+
+
+def _edge_scores(maps: Mapping[str, IntrinsicMap], image: np.ndarray) -> dict[str, float]:
+    """How well the edges of each map coincide with those of the image, on the grid."""
+    smaller = _rank_of_change(_grid(image))
+    scores = {}
+    for name, key, edges_of in (
+        ("depth", "depth_edges", _depth_jumps),
+        ("segmentation", "segment_edges", _differs),
+        ("line", "line_edges", _on_line),
+    ):
+        if name in maps:
+            edges = edges_of(_grid(maps[name].values), maps[name].info)
+            scores[key] = float(smaller[edges].mean()) if edges.any() else 0.5
+    return scores
+
+
+def _rank_of_change(image: np.ndarray) -> np.ndarray:
+    """For each pixel of uint8 (h, w, 3) the share of pixels around which less changes, ties by half; float (h, w)."""
+    values = image.astype(np.int16)
+    change = np.zeros(image.shape[:2], np.int64)
+    for axis in (0, 1):
+        difference = np.abs(np.diff(values, axis=axis)).max(axis=2)
+        for part in (np.s_[1:], np.s_[:-1]):
+            place = (part, np.s_[:]) if axis == 0 else (np.s_[:], part)
+            np.maximum(change[place], difference, out=change[place])
+    counts = np.bincount(change.ravel(), minlength=256)
+    return ((np.cumsum(counts) - counts / 2) / change.size)[change]
+
+
+def _differs(ids: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
+    """bool (h, w): pixels beside a pixel of another id."""
+    return _beside(ids[1:] != ids[:-1], ids[:, 1:] != ids[:, :-1])
+
+
+def _depth_jumps(depth: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
+    """bool (h, w): pixels beside one whose depth is another by JUMP (metric), or by JUMP of the map's range (relative)."""
+    finite = depth[np.isfinite(depth)]
+    if info.get("kind") == "metric":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.log(depth)
+        least = JUMP
+    else:
+        z, least = depth, JUMP * float(finite.max() - finite.min()) if finite.size else JUMP
+    with np.errstate(invalid="ignore"):  # from infinitely far to infinitely far is no jump
+        return _beside(np.abs(z[1:] - z[:-1]) > least, np.abs(z[:, 1:] - z[:, :-1]) > least)
+
+
+def _on_line(line: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
+    return line > 0.5
+
+
+def _beside(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """bool (h, w) from bool (h - 1, w) between rows and (h, w - 1) between columns: pixels on either side."""
+    found = np.zeros((columns.shape[0], rows.shape[1]), bool)
+    found[1:] |= rows
+    found[:-1] |= rows
+    found[:, 1:] |= columns
+    found[:, :-1] |= columns
+    return found
 
 
 def depth_to_normal(depth_m: np.ndarray, focal_px: float, step: int = 1) -> np.ndarray:

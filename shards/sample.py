@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -14,6 +14,8 @@ from shards.errors import UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
+CACHES = ("latents.safetensors", "text.safetensors")
+"""What `python -m train cache` adds to samples; opaque here."""
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 
@@ -33,9 +35,10 @@ def check_key(key: str) -> str:
     return key
 
 
-def member_names(image: str, intrinsics: tuple[str, ...]) -> list[str]:
-    """The members of every sample, in their order in the tar: image, txt, json, then the maps as in the table."""
-    return [image, "txt", "json", *(row.member for name, row in INTRINSICS.items() if name in intrinsics)]
+def member_names(image: str, intrinsics: tuple[str, ...], caches: Container[str] = ()) -> list[str]:
+    """The members of every sample, in their order in the tar: image, txt, json, the maps as in the table, caches."""
+    maps = (row.member for name, row in INTRINSICS.items() if name in intrinsics)
+    return [image, "txt", "json", *maps, *(name for name in CACHES if name in caches)]
 
 
 def encode_meta(meta: Mapping[str, Any]) -> bytes:

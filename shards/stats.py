@@ -1,7 +1,7 @@
 """What is in a dataset: counts, failures, sizes, captions, label quality, and the distribution of each intrinsic.
 
-All marks are read (counts, failures, bytes, timings). What needs decoding is taken from a sample of the samples, spread
-evenly over the dataset, and the answer says how many they were.
+All marks are read (counts, failures, bytes, timings); every input counts once, with its last attempt. What needs decoding
+is taken from a sample of the samples, spread evenly over the dataset, and the answer says how many they were.
 """
 
 import bisect
@@ -14,9 +14,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shards.counts import standing
 from shards.dataset import Dataset
 from shards.intrinsics import DEPTH_FAR_M, DEPTH_NEAR_M, INTRINSICS, IntrinsicMap
 from shards.marks import DATASET, MarkError
+from shards.quality import EDGE_SCORES
 from shards.sample import Sample
 from shards.verify import info_faults, mark_faults
 
@@ -25,7 +27,7 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 WORST = 5
 DIRECTIONS = ("facing", "left", "right", "up", "down", "away")
 _METRIC_EDGES = (DEPTH_NEAR_M, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, DEPTH_FAR_M)
-_HIGH_IS_GOOD = {"depth_range", "segmented"}
+_HIGH_IS_GOOD = {"depth_range", "segmented", *EDGE_SCORES}
 """Quality scores of which a low value is suspicious; of all others a high one is."""
 
 
@@ -79,29 +81,40 @@ def stats(
 
 
 def _from_marks(dataset: Dataset) -> dict[str, Any]:
-    counts: dict[str, Any] = {"shards": 0, "in": 0, "ok": 0}
-    failed, size, timings, tar_bytes = Counter[str](), Counter[str](), dict[str, float](), 0
-    for mark in _usable_marks(dataset):
-        counts["shards"] += 1
-        counts["in"] += mark["counts"]["in"]
-        counts["ok"] += mark["counts"]["ok"]
-        failed.update(mark["counts"]["failed"])
-        tar_bytes += mark["tar"]["size"]
-        for places in mark["index"].values():
-            for member, (_, length) in places.items():
-                size[member] += length
-        found = mark.get("timings")
-        for name, seconds in found.items() if isinstance(found, dict) else ():
-            if isinstance(seconds, int | float) and abs(seconds) < 1e300:
-                timings[name] = timings.get(name, 0.0) + seconds
+    shards, size, timings, tar_bytes = 0, Counter[str](), dict[str, float](), 0
+
+    def marks() -> Iterator[dict[str, Any]]:
+        nonlocal shards, tar_bytes
+        for mark in _usable_marks(dataset):
+            shards += 1
+            tar_bytes += mark["tar"]["size"]
+            for places in mark["index"].values():
+                for member, (_, length) in places.items():
+                    size[member] += length
+            found = mark.get("timings")
+            for name, seconds in found.items() if isinstance(found, dict) else ():
+                if isinstance(seconds, int | float) and abs(seconds) < 1e300:
+                    timings[name] = timings.get(name, 0.0) + seconds
+            yield mark
+
+    stand = standing(dataset.info, marks())
+    counts = {
+        "shards": shards,
+        "in": stand.inputs,
+        "ok": stand.ok,
+        "failed": stand.failed.total(),
+        "dropped": stand.dropped.total(),
+        "retried": stand.retried,
+    }
     ok = counts["ok"] or 1
     return {
         "url": dataset.folder.url,
         "recipe": dataset.info.get("recipe"),
         "complete": dataset.complete,
         "depth_kind": dataset.info.get("depth_kind"),
-        "counts": counts | {"failed": sum(failed.values())},
-        "failures": dict(failed.most_common()),
+        "counts": counts,
+        "failures": dict(stand.failed.most_common()),
+        "drops": dict(stand.dropped.most_common()),
         "bytes": {"tars": tar_bytes} | {name: size[name] for name in dataset.members if name in size},
         "bytes_per_sample": {name: size[name] / ok for name in dataset.members if name in size},
         "timings_s": {name: round(seconds, 3) for name, seconds in timings.items()},
@@ -278,7 +291,7 @@ def render(figures: Mapping[str, Any]) -> RenderableType:
     state = "" if figures["complete"] else "  (unfinished)"
     head = (
         f"{figures['url']}{state}\n{counts['ok']:,} samples in {counts['shards']:,} shards, "
-        f"{size(figures['bytes']['tars'])}; {counts['failed']:,} of {counts['in']:,} inputs failed\n"
+        f"{size(figures['bytes']['tars'])}; {inputs_words(counts)}\n"
     )
     if figures["decoded"] < counts["ok"]:
         head += (
@@ -286,6 +299,7 @@ def render(figures: Mapping[str, Any]) -> RenderableType:
         )
     parts: list[RenderableType] = [Text(head)]
     parts.append(_table("failures", ["reason", "inputs"], figures["failures"].items()))
+    parts.append(_table("left out on purpose", ["reason", "inputs"], figures["drops"].items()))
     rows = [(name, size(share), size(figures["bytes"][name])) for name, share in figures["bytes_per_sample"].items()]
     parts.append(_table("bytes", ["member", "per sample", "in all"], rows))
     parts.append(_table("time, summed over shards", ["what", "s"], figures["timings_s"].items()))
@@ -344,6 +358,14 @@ def _table(title: str, columns: list[str], rows: Any) -> Table:
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))
     return table
+
+
+def inputs_words(counts: Mapping[str, int]) -> str:
+    """What became of the inputs, for a headline."""
+    words = f"{counts['failed']:,} of {counts['in']:,} inputs failed"
+    if counts["dropped"]:
+        words += f", {counts['dropped']:,} were filtered or forgotten"
+    return words + (f"; {counts['retried']:,} were tried again" if counts["retried"] else "")
 
 
 def number(value: float) -> str:

@@ -111,10 +111,13 @@ def info_faults(info: Mapping[str, Any]) -> Iterator[str]:
         yield "members is no list of names"
     else:
         names = tuple(name.removesuffix(".png") for name in members)
-        if members != member_names(image, names):
-            yield f"members are {members}; they must be {member_names(image, names)}"
+        if members != member_names(image, names, members):
+            yield f"members are {members}; they must be {member_names(image, names, members)}"
         if "depth.png" in members and info.get("depth_kind") not in DEPTH_KINDS:
             yield f"depth_kind is {info.get('depth_kind')!r}; it must be one of {DEPTH_KINDS}"
+    retries = info.get("retries") or []
+    if not isinstance(retries, list) or not all(map(_is_round, retries)):
+        yield "retries is no list of rounds, each with its first shard and the reasons that were tried again"
     if (info["shards"] is None) != (info["totals"] is None):
         yield "only one of shards and totals is null"
     elif info["shards"] is not None and not _is_count(info["shards"]):
@@ -339,6 +342,14 @@ def _digest(key: str) -> int:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_round(value: Any) -> bool:
+    """Whether this is a round of `extract --retry-failed`, as dataset.json describes it."""
+    reasons = value.get("reasons") if isinstance(value, dict) else None
+    return (
+        isinstance(reasons, list) and all(isinstance(name, str) for name in reasons) and _is_count(value.get("first"))
+    )
 
 
 def _is_place(value: Any) -> bool:

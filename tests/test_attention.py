@@ -50,7 +50,7 @@ def test_log_sum_exp_is_float32_even_for_half_precision():
     _, lse = attend_with_lse(q, k, v)
     expected = torch.logsumexp(q.double() @ k.double().mT / q.shape[-1] ** 0.5, -1)
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("backend", ["merge", "bias"])

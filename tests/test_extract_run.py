@@ -15,6 +15,7 @@ from extract.config import ExtractConfig, RunConfig, load_extract_config, merge,
 from extract.estimators import Estimator, null
 from extract.estimators.table import Row, Task
 from extract.images import ImageRules
+from extract.plan import make_plan
 from extract.run import Summary, run
 from extract.sources import Failure, RawSample, Unit
 from shards.dataset import Dataset
@@ -127,11 +128,11 @@ def test_only_an_input_that_kills_its_worker_alone_is_blamed(extract: Extract, t
         "g020": "missing_file",
     }
     assert failures(tmp_path / "out") == expected
-    assert (summary.samples_in, summary.ok, sum(summary.failed.values())) == (24, 21, 3)
+    assert (summary.stand.inputs, summary.stand.ok, summary.stand.failed.total()) == (24, 21, 3)
     totals = Dataset.open(str(tmp_path / "out")).info["totals"]
     assert totals["in"] == 24 and totals["shards"] == [7, 8, 6]
     again = extract(Greys(shades, missing=[20]), tmp_path / "again", workers=4)
-    assert again.failed == summary.failed
+    assert again.stand == summary.stand
     assert contents(tmp_path / "again") == contents(tmp_path / "out"), "killers or the number of workers left a trace"
 
 
@@ -144,6 +145,22 @@ def test_what_is_committed_is_not_done_again_and_what_is_lost_is(extract: Extrac
     for lost in ("000001.json", "000002.tar", "000002.json", "000002.failed.jsonl"):
         (out / lost).unlink()
     assert extract(source).made == 16 and contents(out) == before
+
+
+def test_a_plan_foretells_the_dataset_and_writes_nothing(cluster: None, tmp_path: Path) -> None:
+    settings = RunConfig(shard_size=8, workers=2, threads=1, window=4, max_failed=1.0, estimators="null")
+    rules = ImageRules(format="png", size_px=None)
+    config = ExtractConfig(name="greys", out=str(tmp_path / "out"), source={}, image=rules, run=settings)
+    source = Greys(range(40), missing=[1])
+    plan = make_plan(config, source=source)  # type: ignore[arg-type]
+    assert (plan.units, plan.inputs, plan.exact, plan.done) == (5, 40, True, 0)
+    assert (plan.probe.inputs, plan.probe.ok, plan.probe.lacking) == (8, 7, {"missing_file": 1})
+    assert 0 < plan.probe.timed < 8 and 0 < plan.worker_hours < 1
+    assert list(tmp_path.iterdir()) == []
+    run(config, source=source)  # type: ignore[arg-type]
+    assert plan.bytes == pytest.approx(sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar")), rel=0.2)
+    again = make_plan(config, source=source)  # type: ignore[arg-type]
+    assert again.done == 5 and again.worker_hours == 0
 
 
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(extract: Extract, tmp_path: Path) -> None:

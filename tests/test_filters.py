@@ -4,12 +4,12 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.duplicates import find_repeats
 from extract.filters import Filters
 from extract.reasons import REASONS
+from shards.duplicates import find_repeats
 from shards.errors import UsageError
 
 
@@ -112,6 +112,7 @@ def test_filters_that_cannot_work_are_refused(settings: dict) -> None:
         Filters(**settings)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.one_of(st.none(), st.sampled_from("abcdefgh")), max_size=9), max_size=9))
 def test_repeats_are_exactly_the_rows_whose_text_came_before(batches: list[list[str | None]]) -> None:
     rows = [text for batch in batches for text in batch]

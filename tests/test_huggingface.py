@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from extract.filters import Filters
 from extract.sources import Failure, RawSample
 from extract.sources.huggingface import HuggingFaceSource
 from shards.errors import UsageError, UserError
@@ -60,6 +61,19 @@ def test_every_row_arrives_with_its_bytes_caption_and_fields(tmp_path: Path, for
     assert len({output.key for output in outputs}) == 7
     assert source.total() == (None if form == "stream" else 7)
     assert [output.key for output in read(source, limit=5)] == [output.key for output in outputs[:5]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_are_filtered_by_their_columns(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "data").mkdir()
+    table().to_parquet(tmp_path / "data" / "0.parquet")
+    filters = Filters(min_aesthetic=0.25, aesthetic_column="score", max_caption=9)
+    outputs = read(HuggingFaceSource(str(tmp_path / "data"), streaming=streaming, filters=filters))
+    reasons = [output.reason if isinstance(output, Failure) else "ok" for output in outputs]
+    assert reasons == ["filtered_aesthetic"] * 3 + ["ok"] * 4
+    missing = HuggingFaceSource(str(tmp_path / "data"), streaming=streaming, filters=Filters(max_unsafe=0.5))
+    with pytest.raises(UsageError, match="unsafe_column"):
+        read(missing)
 
 
 def test_the_split_and_columns_must_exist(tmp_path: Path) -> None:

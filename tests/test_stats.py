@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_counts_failures_bytes_and_timings_come_from_all_marks(folder: Folder) -> None:
     found = stats(folder.url)
-    assert found["counts"] == {"shards": 2, "in": 6, "ok": 4, "failed": 2}
+    assert found["counts"] == {"shards": 2, "in": 6, "ok": 4, "failed": 2, "dropped": 0, "retried": 0}
     assert found["failures"] == {"truncated": 2} and found["timings_s"] == {"unit_s": 3.0}
     assert found["bytes"]["txt"] == 18 and found["bytes_per_sample"]["txt"] == 4.5
     assert found["bytes"]["depth.png"] == 4 * len(members_of()["depth.png"])

@@ -1,12 +1,15 @@
 """Tars as a source: every sample arrives with its key and metadata; hostile tars neither run, nor write, nor hide."""
 
+import gzip
 import io
 import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extract.filters import Filters
+from extract.images import ImageProblem, ImageRules, prepare
 from extract.sources import Failure, RawSample
+from extract.sources.table import open_source
 from extract.sources.tars import TarSource, expand_braces, legal_key
 from shards.errors import UsageError, UserError
 from shards.sample import KEY
@@ -164,6 +170,58 @@ def test_hostile_members_are_never_followed_run_or_unpacked(tmp_path: Path, monk
     assert set(samples.values()) == {IMAGE} and len(samples) == 4 and "good" in samples and "p" in samples
     assert all(KEY.match(output.key) for output in outputs)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "work"]
+
+
+def sparse_in_pax_of_ten_gigabytes() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("pax.jpg")
+        stated = {"major": "1", "minor": "0", "name": "pax.jpg", "realsize": str(10 << 30)}
+        info.pax_headers = {f"GNU.sparse.{name}": value for name, value in stated.items()}
+        data = b"1\n0\n10737418240\n".ljust(512, b"\0")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()[: -tarfile.RECORDSIZE]
+
+
+def test_bombs_and_odd_names_in_a_tar_cost_no_memory_and_spare_the_other_samples(tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(200 << 20))
+    members = [("bomb.jpg", bomb), ("bomb.txt", b"a gzip file"), ("b.json.gz", bomb), ("b.jpg", IMAGE)]
+    odd = tar_bytes(("caf\udce9.jpg", IMAGE), ("\udcff\udcfe.jpg", IMAGE))  # names that are no UTF-8
+    data = sparse_in_pax_of_ten_gigabytes() + odd[: 4 * 512] + tar_bytes(*members)
+    path = write(tmp_path / "a.tar", data)
+    tracemalloc.start()
+    outputs = {output.key: output for output in read(path, keys="own")}
+    assert tracemalloc.get_traced_memory()[1] < 2 * len(bomb) + (4 << 20)
+    tracemalloc.stop()
+    assert len(outputs) == 4 and all(KEY.match(key) for key in outputs)
+    assert all(isinstance(output, RawSample) for output in outputs.values()), outputs
+    assert {key for key in outputs if key not in ("b", "bomb")} == {legal_key("caf\udce9"), legal_key("\udcff\udcfe")}
+    with pytest.raises(ImageProblem, match="not_an_image"):
+        prepare(outputs["bomb"].image, ImageRules())  # type: ignore[union-attr]
+
+
+def test_a_compressed_tar_is_one_clear_failure_and_is_not_unpacked(tmp_path: Path) -> None:
+    (failure,) = read(write(tmp_path / "a.tar", gzip.compress(THREE + bytes(100 << 20))), keys="own")
+    assert isinstance(failure, Failure) and failure.reason == "bad_tar"
+
+
+def test_samples_are_filtered_by_the_fields_of_their_json_before_their_image_is_read(tmp_path: Path) -> None:
+    fields = [{"AESTHETIC_SCORE": 6.6}, {"aesthetic": 6.4}, {}, {"AESTHETIC_SCORE": "7"}]
+    members = [(f"{n}.json", json.dumps(row).encode()) for n, row in enumerate(fields)]
+    members += [(f"{n}.jpg", IMAGE) for n in range(4)] + [(f"{n}.txt", b"ab" if n == 3 else b"words") for n in range(4)]
+    path = write(tmp_path / "a.tar", tar_bytes(*members))
+
+    def reasons(**settings: Any) -> list[str]:
+        source = open_source({"kind": "tars", "tars": [str(path)], "filters": settings})
+        outputs = [output for unit in source.units(1000) for output in source.read(unit)]
+        return [output.reason if isinstance(output, Failure) else "ok" for output in outputs]
+
+    low = "filtered_aesthetic"
+    assert reasons(min_aesthetic=6.5) == ["ok", low, low, "ok"]
+    assert reasons(min_aesthetic=6.5, missing="keep", min_caption=3) == ["ok", low, "ok", "filtered_caption_length"]
+    described = [TarSource((str(path),), filters=Filters(min_caption=n)).describe() for n in (1, 2)]
+    assert described[0] != described[1], "filters choose the samples, so they are a part of the dataset's identity"
 
 
 def test_an_endless_header_is_refused_without_reading_it(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from extract.batches import DeviceLost
 from extract.estimators import null
 from extract.images import ImageRules
 from extract.sources import Failure, RawSample, Unit
-from extract.unit import DeviceLost, Loaded, Progress, UnitWork, make_shard, probe
+from extract.unit import Loaded, Progress, UnitWork, make_shard, probe
 from shards.dataset import Dataset, write_info
 from shards.errors import UserError
 from shards.forget import Forgotten, forget

@@ -165,7 +165,14 @@ def test_of_rows_with_one_url_the_first_that_passes_the_filters_is_kept(web: Web
     second = parquet(tmp_path / "b.parquet", {"url": [two], "caption": ["in another table"]})
     outputs = everything(make([first, second], filters={"min_caption": 3}), shard_size=2)
     assert [outcome(output) for output in outputs] == [
-        *("filtered_caption_length", "ok", "ok", "duplicate_url", "duplicate_url", "duplicate_url"),
+        *(
+            "filtered_caption_length",
+            "ok",
+            "ok",
+            "filtered_repeated_url",
+            "filtered_repeated_url",
+            "filtered_repeated_url",
+        ),
     ]
     assert {outcome(output) for output in everything(make(first, distinct=[]))} == {"ok"}
 
@@ -180,7 +187,13 @@ def test_repeated_contents_and_stated_hashes_are_found(web: Web, make: Make, tmp
         },
     )
     outputs = everything(make(table, distinct=["url", "phash", "content"]))
-    assert [outcome(output) for output in outputs] == ["ok", "duplicate_content", "ok", "duplicate_hash", "ok"]
+    assert [outcome(output) for output in outputs] == [
+        "ok",
+        "filtered_repeated_content",
+        "ok",
+        "filtered_repeated_hash",
+        "ok",
+    ]
     with pytest.raises(UsageError, match="nosuch"):
         list(make(table, distinct=["nosuch"]).units(10))
 
@@ -257,7 +270,15 @@ def test_a_laion_shaped_table_is_conserved_to_the_row(tmp_path: Path, monkeypatc
             "filtered_caption_script",
             "filtered_caption_length",
         ),
-        *("duplicate_url", "duplicate_content", "bad_url", "bad_row", "connect_failed", "timeout", "connection_lost"),
+        *(
+            "filtered_repeated_url",
+            "filtered_repeated_content",
+            "bad_url",
+            "bad_row",
+            "connect_failed",
+            "timeout",
+            "connection_lost",
+        ),
         *("server_error", "too_many_requests", "access_denied", "http_error", "bad_redirect", "too_many_redirects"),
         *("content_encoded", "too_many_bytes", "empty", "unsupported_format", "truncated"),
     }
@@ -498,7 +519,7 @@ def test_a_source_and_its_units_travel_to_workers(make: Make, web: Web, tmp_path
     source = make(parquet(tmp_path / "a.parquet", {"url": [f"{web.address}/ok/1.jpg"] * 2, "caption": ["a", "b"]}))
     everything(source)  # opens connections, which must stay behind
     copy, units = pickle.loads(pickle.dumps((source, list(source.units(10)))))
-    assert [outcome(output) for output in copy.read(units[0])] == ["ok", "duplicate_url"]
+    assert [outcome(output) for output in copy.read(units[0])] == ["ok", "filtered_repeated_url"]
     copy.close()
     assert len(pickle.dumps(next(make(write(tmp_path / "b.parquet", columns_of(5000))).units(1000)))) < 1000
 

@@ -1,13 +1,14 @@
 """The command line of training: `python -m train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from shards import cli
+from shards.errors import UsageError
 
-app = cli.new_app("Training. The embedded estimators so far; the intrinsic VAE and the LoRA are still to come.")
+app = cli.new_app("Training: shards -> intrinsic VAE -> LoRA; and the recipes that made the embedded models.")
 
 
 @app.callback()
@@ -26,7 +27,7 @@ def estimator(
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = 2,
     debug: cli.DebugOption = False,
 ) -> None:
-    """Trains the network of the estimator set `demo` on the demo world; the defaults made the shipped weights.
+    """Trains the network of the estimator set `demo` on the demo world.
 
     The same command again continues a run that was stopped. Next: `python -m benchmarks.accuracy --weights OUT`.
     """
@@ -34,6 +35,179 @@ def estimator(
 
     folder = train_estimator(EstimatorTraining(out=out, scenes=scenes, chunks=chunks, steps=steps, workers=workers))
     print(f"checkpoint: {folder}; measure it with: python -m benchmarks.accuracy --weights {folder}")
+
+
+@app.command()
+def base(
+    shards: Annotated[str, typer.Option(help="Shards of `train scenes`.")] = "runs/truth",
+    out: Annotated[Path, typer.Option(help="Where checkpoints and the finished pipeline go.")] = Path("runs/base"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 20_000,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Trains the embedded base on the demo world: a Stable Diffusion pipeline of 64 px.
+
+    The same command again continues. Next: `python -m infer sample --base OUT/pipeline`, or `train vae --base OUT/pipeline`.
+    """
+    from train.base import BaseTraining, train_base
+
+    folder = train_base(BaseTraining(shards=shards, out=out, steps=steps))
+    print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
+
+
+@app.command()
+def detector(
+    shards: Annotated[str, typer.Option(help="Shards of `train scenes`.")] = "runs/truth",
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("runs/detector"),
+    debug: cli.DebugOption = False,
+) -> None:
+    """Trains the detector of the demo world, which judges generated images; about an hour of one core.
+
+    The same command again continues. Next: `python -m infer evaluate --detector OUT`.
+    """
+    from train.detector import DetectorTraining, train_detector
+    from train.shapes import ShapeTraining, train_shapes
+
+    train_detector(DetectorTraining(shards=shards, out=out))
+    folder = train_shapes(ShapeTraining(shards=shards, out=out))
+    print(f"checkpoint: {folder}; use it with: python -m infer evaluate --detector {folder}")
+
+
+@app.command()
+def scenes(
+    out: Annotated[str, typer.Option(help="Where the shards go, any fsspec URL.")] = "runs/truth",
+    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 20_000,
+    first: Annotated[int, typer.Option(min=0, help="The first scene's number.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The world's seed.")] = 1,
+    size: Annotated[int, typer.Option(min=8, help="Pixels of a side.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = 2,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Renders demo-world scenes with their exact maps into shards: what the embedded models learned from.
+
+    The same command again continues. Next: `python -m train base --shards OUT`, or `train vae`.
+    """
+    from rich.progress import Progress
+
+    from train.truth import TruthSettings, write_truth
+
+    with Progress() as progress:
+        task = progress.add_task("rendering scenes", total=count)
+        settings = TruthSettings(seed=seed, first=first, count=count, size_px=size)
+        totals = write_truth(out, settings, workers, lambda done: progress.advance(task, done))
+    print(f"{totals['ok']} scenes in {out}; look at them with: python -m shards gallery {out}")
+
+
+Shards = Annotated[list[str], typer.Option("--shards", help="A dataset: a folder or any fsspec URL; may be repeated.")]
+Base = Annotated[str | None, typer.Option(help="demo, a diffusers folder, or a hub id.", show_default="the recipe's")]
+Out = Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/RECIPE")]
+Recipe = Annotated[str, typer.Option(help="demo, sd21-paper, sdxl, pixart-alpha, or a .toml of your own.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting of the recipe: TABLE.KEY=VALUE, such as lora.loop.steps=500."),
+]
+
+
+@app.command()
+def vae(
+    shards: Shards,
+    base: Base = None,
+    out: Out = None,
+    recipe: Recipe = "demo",
+    settings: Settings = None,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Stage 1: the intrinsic VAE, from the base's own VAE. The same command again continues.
+
+    Next: `python -m train lora` with the same options.
+    """
+    _train(("vae",), shards, base, out, recipe, settings)
+
+
+@app.command()
+def lora(
+    shards: Shards,
+    base: Base = None,
+    out: Out = None,
+    recipe: Recipe = "demo",
+    settings: Settings = None,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Stage 2: the LoRA of the intrinsic stream, with the VAE of stage 1. The same command again continues.
+
+    Next: `python -m infer sample --base BASE --run OUT --prompt "..."`.
+    """
+    _train(("lora",), shards, base, out, recipe, settings)
+
+
+@app.command()
+def both(
+    shards: Shards,
+    base: Base = None,
+    out: Out = None,
+    recipe: Recipe = "demo",
+    settings: Settings = None,
+    debug: cli.DebugOption = False,
+) -> None:
+    """Stage 1, then stage 2: what `make train` runs. The same command again continues."""
+    _train(("vae", "lora"), shards, base, out, recipe, settings)
+
+
+@app.command()
+def cache(
+    shards: Annotated[str, typer.Option(help="A dataset of `python -m extract`: a folder or any fsspec URL.")],
+    base: Annotated[str, typer.Option(help="demo, a diffusers folder, or a hub id.")],
+    vae: Annotated[str | None, typer.Option(help="The intrinsic VAE: RUN/vae. Only latents need it.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the dataset with caches goes.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Add the caches to the shards themselves.")] = False,
+    only: Annotated[str, typer.Option(help="What is cached: latents, text.")] = "latents,text",
+    size: Annotated[int, typer.Option(min=8, help="Side in pixels of the square that is trained on.")] = 512,
+    flips: Annotated[bool, typer.Option(help="Latents of the mirrored pictures, too.")] = True,
+    dtype: Annotated[str, typer.Option(help="How values are stored: float16, bfloat16, float32.")] = "float16",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures that are encoded together.")] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for one per core or GPU.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    gpus_per_worker: Annotated[float, typer.Option(help="May be a fraction.")] = 1.0,
+    address: Annotated[str, typer.Option(help="Ray: local, auto, or HOST:PORT.")] = "local",
+    debug: cli.DebugOption = False,
+) -> None:
+    """Adds latents of images and intrinsics and the text encoders' outputs to shards, so that training need not make them.
+
+    The same command again continues. Caches that do not fit a training are refused by it, never used.
+    """
+    from shards.config import load_config
+    from train.cache import make_caches
+    from train.cache_shard import CacheConfig
+
+    if in_place == (out is not None):
+        raise UsageError("give either --out, a folder for the dataset with caches, or --in-place")
+    given: dict[str, Any] = {
+        "shards": shards,
+        "base": base,
+        "vae": vae,
+        "out": out,
+        "size_px": size,
+        "flips": flips,
+        "dtype": dtype,
+    }
+    given |= {"batch": batch, "workers": workers, "device": device, "gpus_per_worker": gpus_per_worker}
+    given |= {"address": address, "only": [name.strip() for name in only.split(",") if name.strip()]}
+    done = make_caches(load_config(CacheConfig, given))
+    print(f"{done.out}: {done.ok:,} samples with caches ({only}); {done.made} of {done.shards} shards made now")
+
+
+def _train(
+    stages: tuple[str, ...],
+    shards: list[str],
+    base: str | None,
+    out: str | None,
+    recipe: str,
+    settings: list[str] | None,
+) -> None:
+    from train.config import load_train_config
+    from train.stages import run_stages
+
+    config = load_train_config(recipe, base=base, shards=shards, out=out, settings=settings or ())
+    run_stages(config, stages)
 
 
 if __name__ == "__main__":

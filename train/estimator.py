@@ -1,10 +1,13 @@
-"""Trains the embedded estimators' network on the demo world. The defaults are the recipe of the shipped weights.
+"""Trains the embedded estimators' network on the demo world, by the recipe of the shipped weights.
 
     python -m train estimator --out runs/estimator
 
 Half of the scenes come from the plain world, half from a varied one; all are cropped, resized, flipped, re-coloured,
 blurred, made noisy and compressed, so that a photograph gives something plausible. Steps are a pure function of
 (seed, step): a run that was stopped continues from its last checkpoint as if nothing had happened.
+
+The shipped weights saw an earlier draft of the demo world (its last changes were small: details of a few shapes), so a
+rerun gives weights of the same kind, not the same bytes. `python -m benchmarks.accuracy` measures either on today's world.
 """
 
 import math
@@ -18,12 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from extract.estimators.demo_net import DemoNet, DemoNetConfig, Prediction, save_demo_net
 from train.scenes import SceneStore, open_chunk
+from train.state import STATE, averaged, follow, load_state, save_state
 
 Batch = dict[str, Tensor]
 
@@ -190,9 +192,9 @@ def train_estimator(config: EstimatorTraining) -> Path:
                 progress.advance(task)
         torch.manual_seed(config.seed)
         net = DemoNet(DemoNetConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        average = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+        average = averaged(net)
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        first = _resume(config, net, average, optimiser)
+        first = load_state(config.out / STATE, net, average, optimiser)
         task = progress.add_task("training", total=config.steps, completed=first)
         for step, batch in enumerate(batches(config, first), start=first):
             for group in optimiser.param_groups:
@@ -206,14 +208,15 @@ def train_estimator(config: EstimatorTraining) -> Path:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
-            decay = min(config.ema, (step + 1) / (step + 10))
-            for name, tensor in net.state_dict().items():
-                average[name].lerp_(tensor, 1 - decay)
+            follow(average, net, config.ema, step)
             progress.advance(task)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 values = ", ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
                 progress.print(f"step {step + 1}: {values}")
-                _save(config, step + 1, net, average, optimiser)
+                shipped = DemoNet(net.config)
+                shipped.load_state_dict(average)
+                save_demo_net(shipped, config.out)
+                save_state(config.out / STATE, step + 1, net, average, optimiser)
     return config.out
 
 
@@ -223,40 +226,3 @@ def _schedule(config: EstimatorTraining, step: int) -> float:
         return (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
-
-
-STATE = "training.safetensors"
-
-
-def _save(config: EstimatorTraining, step: int, net: DemoNet, average: Batch, optimiser: torch.optim.Optimizer) -> None:
-    """The averaged weights as a checkpoint that can be used at once, then all that resuming needs in one file."""
-    shipped = DemoNet(net.config)
-    shipped.load_state_dict(average)
-    save_demo_net(shipped, config.out)
-    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    state |= {f"average.{name}": tensor for name, tensor in average.items()}
-    for number, slots in optimiser.state_dict()["state"].items():
-        state |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-    temporary = config.out / f".{STATE}.tmp"
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary, {"step": str(step)})
-    temporary.replace(config.out / STATE)
-
-
-def _resume(config: EstimatorTraining, net: DemoNet, average: Batch, optimiser: torch.optim.Optimizer) -> int:
-    """Puts back what _save wrote; returns the step to begin with."""
-    path = config.out / STATE
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        step = int(file.metadata()["step"])
-    net.load_state_dict({name: state[f"net.{name}"] for name in net.state_dict()})
-    for name in average:
-        average[name].copy_(state[f"average.{name}"])
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name.startswith("optimiser."):
-            _, number, slot = name.split(".")
-            slots.setdefault(int(number), {})[slot] = tensor
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
-    return step

@@ -5,13 +5,16 @@ nothing is downloaded beforehand, and one unit is one file of the dataset; witho
 No code of a dataset is run: `datasets` reads data files only.
 """
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from extract.filters import Filters
 from extract.sources import Failure, RawSample, Unit
 from shards.errors import UsageError, UserError
 
@@ -23,6 +26,7 @@ class HuggingFaceSource:
     """dataset: a local folder or a hub id. config, split, revision: as `load_dataset` takes them.
 
     image, caption: the columns; found by their type and by usual names when not given.
+    filters: on the other columns, and on the caption; applied before an image is decoded.
     """
 
     dataset: str
@@ -32,6 +36,7 @@ class HuggingFaceSource:
     image: str | None = None
     caption: str | None = None
     streaming: bool | None = None
+    filters: Filters = field(default_factory=Filters)
 
     @property
     def _streams(self) -> bool:
@@ -89,6 +94,7 @@ class HuggingFaceSource:
             "revision": self.revision,
             "image": self.image,
             "caption": self.caption,
+            "filters": json.loads(json.dumps(dataclasses.asdict(self.filters))),
             "fingerprint": fingerprint,
         }
 
@@ -122,6 +128,10 @@ class HuggingFaceSource:
 
     def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
         image, caption = self._image_column(self._data), self._caption_column()
+        if self._data.features:
+            self.filters.columns(
+                list(self._data.features), self.dataset
+            )  # raises if a filter needs one that is not there
         if "file" in unit.items:
             rows = self._file(unit.items["file"])
             rows = rows if unit.items["first"] is None else rows.take(unit.items["first"])
@@ -135,6 +145,12 @@ class HuggingFaceSource:
 
     def _output(self, key: str, row: dict[str, Any], image: str, caption: str | None) -> RawSample | Failure:
         cell = row.pop(image)
+        text = row.pop(caption, "") if caption else ""
+        if isinstance(text, list):
+            text = text[0] if text else ""
+        text = text if isinstance(text, str) else ""
+        if dropped := self.filters.drop(row, text):
+            return Failure(key, "read", *dropped)
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
         if data is None and path:
             # A row can name any file of this machine; only those of the dataset's own folder are read.
@@ -146,10 +162,7 @@ class HuggingFaceSource:
                 return Failure(key, "read", "missing_file", f"its image {path} cannot be read: {error.strerror}")
         if data is None:
             return Failure(key, "read", "no_image", f"the column {image!r} is empty")
-        text = row.pop(caption, "") if caption else ""
-        if isinstance(text, list):
-            text = text[0] if text else ""
         meta = {
             name: value for name, value in row.items() if value is None or isinstance(value, str | int | float | bool)
         }
-        return RawSample(key, data, text if isinstance(text, str) else "", meta)
+        return RawSample(key, data, text, meta)

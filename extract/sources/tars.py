@@ -10,17 +10,19 @@ a caption or json are ignored.
 Beside a tar of img2dataset lies a parquet table of all its rows: what failed there is listed here as a failure, too.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import fsspec
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from extract.filters import Filters
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.foreign_tar import Member, scan
 from shards.errors import UsageError, UserError
@@ -42,10 +44,12 @@ class TarSource:
 
     keys: "own" keeps the keys of the tars, which must then be unique over all of them; "prefixed" puts the tar's name
     before each; "auto" is "own" where a tar comes from img2dataset or from us, else "prefixed".
+    filters: on the fields of a sample's json, and on its caption; applied before its image is read.
     """
 
     tars: tuple[str, ...]
     keys: str = "auto"
+    filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
         if not self.tars:
@@ -77,6 +81,7 @@ class TarSource:
             "tars": len(addresses),
             "listing": hashlib.sha256(listing).hexdigest(),
             "keys": self.keys,
+            "filters": json.loads(json.dumps(dataclasses.asdict(self.filters))),
         }
 
     def total(self) -> int | None:
@@ -119,7 +124,7 @@ class TarSource:
                     arrived.add(last)
                 for name, where in samples.items():
                     arrived.add(name)
-                    yield _read_sample(file, legal_key(prefix + name), where)
+                    yield _read_sample(file, legal_key(prefix + name), where, self.filters)
         except OSError as error:
             problem = f"it cannot be read ({error})"
         if problem:
@@ -203,7 +208,7 @@ def _count(address: str) -> int:
         return len(_samples(scan(file, size)[0])) + len(_img2dataset_rows(address) or ())
 
 
-def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]]) -> RawSample | Failure:
+def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], filters: Filters) -> RawSample | Failure:
     """One sample from the places of its members."""
 
     def failure(reason: str, message: str) -> Failure:
@@ -244,6 +249,8 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]]) -> 
             return failure("caption_not_utf8", f"its {captions[0]} is not UTF-8: {error}")
     else:
         caption = _caption_of(meta)
+    if dropped := filters.drop(meta, caption):
+        return failure(*dropped)
     return RawSample(key, data(images[0]), caption, meta)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +21,17 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from extract.answers import DownloadProblem
 from extract.download import Batch, Downloaded, Downloader, DownloadSettings
-from extract.duplicates import Repeats, find_repeats
 from extract.filters import Filters
 from extract.reasons import REASONS
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.captions import checked_caption
 from extract.sources.files import ReadProblem
 from extract.sources.url_tables import Cut, Table, find_tables, read_errors
+from shards.duplicates import Repeats, find_repeats
 from shards.errors import UsageError, UserError
 
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
@@ -159,21 +162,22 @@ class UrlSource:
 
     def again(self, keys: Iterable[str], shard_size: int, first_index: int) -> Iterator[Unit]:
         """Units of these rows alone, in the order of the tables, for another attempt at what failed. Raises UsageError."""
-        rows: list[tuple[int, int]] = []
+        numbers = array("q")  # table and row of each key, in turn: 16 bytes, as there may be millions
         for key in keys:
             match = _KEY.fullmatch(key)
             if not match or int(match[1]) >= len(self._tables):
                 raise UsageError(
                     f"{key!r} is not the key of a row of these tables; were they changed since the first run?"
                 )
-            rows.append((int(match[1]), int(match[2])))
-        rows.sort()
+            numbers.extend((int(match[1]), int(match[2])))
+        rows = np.array(numbers, np.int64).reshape(-1, 2)
+        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
         position = -1
         cuts: Iterator[Cut] = iter(())
         cut = Cut(0, 0, 0)
         for index, begin in enumerate(range(0, len(rows), shard_size), first_index):
             ranges = []
-            for number, group in groupby(rows[begin : begin + shard_size], key=lambda row: row[0]):
+            for number, group in groupby(rows[begin : begin + shard_size].tolist(), key=lambda row: row[0]):
                 table, wanted = self._tables[number], [row for _, row in group]
                 if number != position:
                     position, cuts, cut = number, table.cuts(shard_size, shard_size), Cut(0, 0, 0)
@@ -306,8 +310,10 @@ class UrlSource:
             raise ReadProblem("bad_row", f"its {columns.url!r} is not a URL")
         for name in repeats:
             if name == "url":
-                raise ReadProblem("duplicate_url", "an earlier row has the same URL")
-            raise ReadProblem("duplicate_hash", f"an earlier row has the same {name} {str(row.get(name))[:80]!r}")
+                raise ReadProblem("filtered_repeated_url", "an earlier row has the same URL")
+            raise ReadProblem(
+                "filtered_repeated_hash", f"an earlier row has the same {name} {str(row.get(name))[:80]!r}"
+            )
         caption = checked_caption(_text(row.get(columns.caption)), MAX_CAPTION_BYTES)
         hashes = {kind: str(row[name]).strip().lower() for kind, name in columns.hashes if row.get(name)}
         return Row(key, url.strip(), caption, row, hashes)
@@ -331,7 +337,7 @@ class UrlSource:
             if found != stated:
                 raise ReadProblem("hash_mismatch", f"its {kind} is {found}; the table states {stated[:80]!r}")
         if "content" in self.distinct and contents.setdefault(digest, row.key) != row.key:
-            raise ReadProblem("duplicate_content", f"its bytes are the same as those of {contents[digest]}")
+            raise ReadProblem("filtered_repeated_content", f"its bytes are the same as those of {contents[digest]}")
         meta = {f"{name}_of_table" if name in _OURS else name: value for name, value in row.fields.items()}
         if not {"url", "URL"} & meta.keys():
             meta["url"] = row.url

@@ -1,0 +1,209 @@
+"""The images of an evaluation: every method, seed and prompt, made in blocks, each block a file that is made once.
+
+    OUT/images/METHOD/s0-0000-1a2b3c4d.npz     image uint8 (N, H, W, 3), and the maps of the methods that make them
+
+The name ends in a digest of all that decides what is in it (models, settings, prompts), so that a run that was stopped
+continues, a larger one uses what is there, and results of other settings are never mixed in.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import numpy as np
+import transformers
+
+from infer.outputs import maker
+from infer.run_folder import load_manifest
+from infer.sampler import CoGenerator
+from infer.shipped import resolve
+from infer.work import DTYPES
+from shards.errors import UsageError
+from shards.intrinsics import IntrinsicMap
+from shards.marks import digest
+from shards.storage import Folder
+
+BASE = "base"
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw: a schedule, and how many times the steps. The base alone is the schedule off."""
+
+    name: str
+    schedule: str
+    times_steps: int = 1
+
+    @property
+    def makes_maps(self) -> bool:
+        return self.schedule != "off"
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9.+=-]+", "-", self.name.lower()).strip("-")
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """ "base,base-2x,drop,gaussian:tau=700,sigma=80" -> methods; a part with = and without : belongs to the one before it.
+
+    Raises UsageError where there is none, or one twice.
+    """
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if "=" in part and ":" not in part and names:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"--methods {text!r}: name one or several different methods, as in base,base-2x,drop,gaussian")
+    return tuple(_method(name) for name in names)
+
+
+def _method(name: str) -> Method:
+    if name == BASE:
+        return Method(name, "off")
+    times = re.fullmatch(r"base-(\d+)x", name)
+    return Method(name, "off", int(times[1])) if times else Method(name, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How images are drawn. seeds: seed .. seed + seeds - 1 for every prompt; maps are kept for the first `map_seeds`."""
+
+    base: str = "demo"
+    run: str = "demo"
+    steps: int = 25
+    guidance: float = 7.5
+    scheduler: str | None = None
+    size: tuple[int, int] | None = None  # (height, width)
+    seed: int = 0
+    seeds: int = 3
+    map_seeds: int = 1
+    batch: int = 32
+    device: str | None = None
+    dtype: str | None = None
+    other_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        if min(self.steps, self.seeds, self.batch) < 1 or self.map_seeds < 0:
+            raise UsageError("--steps, --seeds and --batch are 1 or more, --map-seeds 0 or more")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some prompts with one seed by one method: one file. first: the number of its first prompt in the set."""
+
+    method: Method
+    seed: int
+    first: int
+    prompts: tuple[str, ...]
+    maps: bool
+    file: str
+
+
+class Studio:
+    """Plans the blocks and draws those that are missing; loads the models with the first one that is."""
+
+    def __init__(self, drawing: Drawing, folder: Folder) -> None:
+        """Raises UserError when the base or the run is not there."""
+        self.drawing, self.folder = drawing, folder
+        self._manifest = load_manifest(resolve(drawing.run, "run"))
+        resolve(drawing.base, "base")
+
+    def blocks(self, methods: Sequence[Method], prompts: Sequence[str]) -> list[Block]:
+        """All blocks, seed by seed. Raises UserError for a schedule that there is not."""
+        drawing = self.drawing
+        decisive = {k: v for k, v in asdict(drawing).items() if k not in _INDIFFERENT}
+        decisive |= {"run": maker(self._manifest)["id"]}
+        schedules = {method: self._manifest.stage_map.schedule(method.schedule).to_dict() for method in methods}
+        found = []
+        for number in range(drawing.seeds):
+            for method in methods:
+                for first in range(0, len(prompts), drawing.batch):
+                    part = tuple(prompts[first : first + drawing.batch])
+                    seed, maps = drawing.seed + number, method.makes_maps and number < drawing.map_seeds
+                    about = decisive | {"schedule": schedules[method], "times_steps": method.times_steps}
+                    about |= {"seed": seed, "prompts": list(part), "maps": maps}
+                    name = f"s{seed}-{first // drawing.batch:04d}-{digest(about)[:8]}"
+                    found.append(Block(method, seed, first, part, maps, f"images/{method.slug}/{name}.npz"))
+        return found
+
+    def draw(self, blocks: Sequence[Block], done: Callable[[Block, bool], None]) -> None:
+        """Makes the blocks that are not there. done: told of each block, and whether it was made just now."""
+        for block in blocks:
+            missing = not self.folder.exists(block.file)
+            if missing:
+                self.folder.make(f"images/{block.method.slug}")
+                write_arrays(self.folder, block.file, self._make(block))
+            done(block, missing)
+
+    def _make(self, block: Block) -> Arrays:
+        drawing, generator = self.drawing, self._generator
+        made = generator(
+            list(block.prompts),
+            seeds=[block.seed] * len(block.prompts),
+            steps=drawing.steps * block.method.times_steps,
+            guidance=drawing.guidance,
+            size=drawing.size,
+            schedule=block.method.schedule,
+            scheduler=drawing.scheduler,
+            intrinsics=block.maps,
+        )
+        arrays = {"image": np.stack([np.asarray(image.convert("RGB")) for image in made.images])}
+        for name in made.intrinsics[0] if made.intrinsics else ():
+            arrays[name] = np.stack([maps[name].values for maps in made.intrinsics]).astype(_STORED[name])
+        return arrays
+
+    @cached_property
+    def _generator(self) -> CoGenerator:
+        for library in (diffusers, transformers):  # the command line has a progress bar of its own
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        drawing = self.drawing
+        generator = CoGenerator.from_pretrained(
+            drawing.base,
+            drawing.run,
+            device=drawing.device,
+            dtype=DTYPES[drawing.dtype] if drawing.dtype else None,
+            other_weights=drawing.other_weights,
+        )
+        generator.pipeline.set_progress_bar_config(disable=True)
+        return generator
+
+
+_INDIFFERENT = ("seed", "seeds", "map_seeds", "batch", "device", "run")
+_STORED: Mapping[str, Any] = {"depth": np.float32, "normal": np.float16, "segmentation": np.uint16, "line": np.float16}
+
+
+def maps_of(arrays: Arrays, row: int) -> dict[str, IntrinsicMap]:
+    """The maps of one image of a block."""
+    return {
+        name: IntrinsicMap(arrays[name][row] if name == "segmentation" else arrays[name][row].astype(np.float32))
+        for name in _STORED
+        if name in arrays
+    }
+
+
+def write_arrays(folder: Folder, name: str, arrays: Arrays) -> None:
+    """Writes an .npz file, whole or not at all."""
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)  # type: ignore[arg-type]
+    folder.write(name, data.getvalue())
+
+
+def read_arrays(folder: Folder, name: str) -> Arrays:
+    """The arrays of an .npz file; nothing in it is ever unpickled."""
+    with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def chunks(count: int, size: int) -> Iterator[range]:
+    """0..count-1 in ranges of `size`."""
+    return (range(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,0 +1,104 @@
+"""Sets of prompts: captions of unseen demo scenes, Parti's, the paper's Multi, or one's own file."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from extract.world import compose
+from infer.evaluation.grammar import is_caption
+from shards.errors import UsageError
+
+DATA = Path(__file__).with_name("data")
+UNSEEN = 606
+"""The world's seed of the evaluated captions; nothing embedded learned from it (they have 1 and 100)."""
+MULTI_CLASSES = (3, 5)
+"""How many classes a Multi prompt names, from .. to."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts without repetition. scenes: for demo captions the number of each one's scene in the world's seed, else ()."""
+
+    name: str
+    prompts: tuple[str, ...]
+    scenes: tuple[int, ...] = ()
+
+    @property
+    def in_grammar(self) -> bool:
+        """Whether every prompt is a caption of the demo world, whose layout can be judged."""
+        return all(is_caption(prompt) for prompt in self.prompts)
+
+
+def prompt_set(name: str, count: int, file: Path | None = None) -> PromptSet:
+    """The first `count` prompts of a set: demo, multi, parti (file: PartiPrompts.tsv) or file (one prompt a line).
+
+    Raises UsageError for an unknown set, a missing file, or a file without prompts.
+    """
+    if name == "demo":
+        return demo_captions(count)
+    if name == "multi":
+        return PromptSet("multi", tuple(multi_prompts(count)))
+    if name not in ("parti", "file"):
+        raise UsageError(f"there is no prompt set {name!r}; the sets are demo, multi, parti, or a file with --prompts")
+    if file is None:
+        raise UsageError(
+            "the set parti is read from PartiPrompts.tsv of github.com/google-research/parti; pass it with --prompts"
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompts in {file}: {error}") from error
+    lines = parti_prompts(text, str(file)) if name == "parti" else [line.strip() for line in text.splitlines()]
+    prompts = tuple(dict.fromkeys(line for line in lines if line))[:count]
+    if not prompts:
+        raise UsageError(f"{file} holds no prompts")
+    return PromptSet(name if name == "parti" else file.stem, prompts)
+
+
+def demo_captions(count: int) -> PromptSet:
+    """The first `count` different captions of the world's unseen scenes."""
+    found: dict[str, int] = {}
+    index = 0
+    while len(found) < count:
+        found.setdefault(compose(UNSEEN, index).caption, index)
+        index += 1
+    return PromptSet("demo", tuple(found), tuple(found.values()))
+
+
+def multi_prompts(count: int, seed: int = 0) -> list[str]:
+    """The paper's Multi: "{class}s and {class}s and ... in a {place}", 3 to 5 COCO classes and a Places365 place.
+
+    The paper's own 1,000 prompts are not published: these are drawn from the same names, and are the same for a seed.
+    """
+    classes, places = (read_names(name) for name in ("coco", "places365"))
+    rng = np.random.default_rng([seed, 365])
+    found: dict[str, None] = {}
+    while len(found) < count:
+        chosen = rng.permutation(len(classes))[: rng.integers(MULTI_CLASSES[0], MULTI_CLASSES[1] + 1)]
+        things = " and ".join(f"{classes[i]}s" for i in chosen)
+        found[f"{things} in a {place_words(places[rng.integers(len(places))])}"] = None
+    return list(found)
+
+
+def place_words(category: str) -> str:
+    """A Places365 category as words, the kind before the place: "library/indoor" -> "indoor library" (our reading)."""
+    place, _, kind = category.replace("_", " ").partition("/")
+    return f"{kind} {place}".strip()
+
+
+def read_names(name: str) -> list[str]:
+    """The names in one of the data files; lines with # say where they are from."""
+    lines = (DATA / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def parti_prompts(text: str, where: str) -> list[str]:
+    """The column Prompt of PartiPrompts.tsv. Raises UsageError when there is none."""
+    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if "Prompt" not in (rows.fieldnames or []):
+        raise UsageError(
+            f"{where} has no column Prompt; it is to be PartiPrompts.tsv of github.com/google-research/parti"
+        )
+    return [(row["Prompt"] or "").strip() for row in rows]

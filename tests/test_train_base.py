@@ -1,0 +1,54 @@
+"""The embedded base's training: exact resume, and a pipeline that diffusers loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from extract.world import compose
+from shards.verify import verify
+from train.base import BaseTraining, train_base
+from train.base_networks import make_tokenizer
+from train.truth import TruthSettings, write_truth
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dozen scenes in two shards."""
+    url = str(tmp_path_factory.mktemp("truth") / "shards")
+    write_truth(url, TruthSettings(count=12, shard_size=8), workers=1, progress=lambda done: None)
+    return url
+
+
+def test_truth_shards_are_a_whole_dataset_and_writing_them_again_changes_nothing(truth: str) -> None:
+    before = {path.name: path.read_bytes() for path in Path(truth).iterdir() if path.is_file()}
+    assert write_truth(truth, TruthSettings(count=12, shard_size=8), workers=1, progress=lambda done: None)["ok"] == 12
+    assert {path.name: path.read_bytes() for path in Path(truth).iterdir() if path.is_file()} == before
+    assert not verify(truth).problems
+
+
+def test_every_caption_is_read_without_an_unknown_word_and_in_full() -> None:
+    tokenizer = make_tokenizer()
+    for index in range(60):
+        ids = tokenizer(compose(3, index).caption)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert len(ids) <= tokenizer.model_max_length
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(truth: str, tmp_path: Path) -> None:
+    sizes = {"shards": truth, "vae_steps": 2, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1}
+    whole = train_base(BaseTraining(out=tmp_path / "whole", steps=3, **sizes))
+    first = BaseTraining(out=tmp_path / "parts", steps=3, **sizes)
+    train_base(first)
+    state = tmp_path / "parts" / "unet" / "training.safetensors"
+    state.unlink()  # killed before the second stage began; the first is there
+    parts = train_base(first)
+    for part in ("unet", "vae", "text_encoder"):
+        (name,) = (path.name for path in (whole / part).glob("*.safetensors"))
+        one, other = load_file(whole / part / name), load_file(parts / part / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    pipeline = StableDiffusionPipeline.from_pretrained(whole, use_safetensors=True)
+    image = pipeline("a red cube", num_inference_steps=1, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)

@@ -1,0 +1,242 @@
+"""Trains the embedded base on the demo world: first its VAE, then text to image. A draft: no weights are shipped yet.
+
+    python -m train scenes --out runs/truth --count 24000
+    python -m train base --shards runs/truth --out runs/base
+
+    torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch
+
+Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from shards.dataset import Dataset
+from train.base_networks import (
+    IMAGE_PX,
+    LATENT_CHANNELS,
+    STRIDE,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    save_base,
+)
+from train.state import STATE, averaged, follow, load_state, save_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTraining:
+    """The recipe: vae_* of the first stage, the rest of the second. dropout: the share of captions that are left empty."""
+
+    shards: str
+    out: Path = Path("runs/base")
+    seed: int = 0
+    vae_steps: int = 12_000
+    vae_batch: int = 8
+    vae_rate: float = 1.5e-3
+    kl: float = 8e-7
+    steps: int = 20_000
+    batch: int = 32
+    rate: float = 4e-4
+    dropout: float = 0.1
+    ema: float = 0.998
+    warmup: int = 100
+    save_every: int = 100
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """images: uint8 (N, H, W, 3), and their captions."""
+
+    images: np.ndarray
+    captions: list[str]
+
+    @staticmethod
+    def read(url: str) -> "Pictures":
+        """All of a dataset, into memory (12 KB a picture of 64 px)."""
+        dataset = Dataset.open(url)
+        images, captions = [], []
+        for shard in dataset.shard_names():
+            for sample in dataset.samples(shard):
+                images.append(sample.image())
+                captions.append(sample.caption)
+        return Pictures(np.stack(images), captions)
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine down to 1 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _train(
+    net: nn.Module,
+    loss_of: Callable[[int, slice], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    config: BaseTraining,
+    folder: Path,
+    title: str,
+) -> None:
+    """Minimises loss_of(step, rows) over the parameters of `net`, which ends with its averaged weights.
+
+    rows: this process's part of the step's batch; gradients are averaged over the processes.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    average = averaged(net)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
+    first = load_state(folder / STATE, net, average, optimiser)
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, disable=rank > 0) as progress:
+        task, losses = progress.add_task(title, total=steps, completed=first), []
+        for step in range(first, steps):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * _rate(step, steps, config.warmup)
+            loss = loss_of(step, slice(rank, None, world))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if world > 1:
+                _average_gradients(net, world)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimiser.step()
+            follow(average, net, config.ema, step)
+            losses.append(loss.item())
+            progress.advance(task)
+            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+                if rank == 0:
+                    progress.print(f"{title} step {step + 1}: loss {np.mean(losses):.4f}")
+                    save_state(folder / STATE, step + 1, net, average, optimiser)
+                losses.clear()
+    net.load_state_dict(average)
+
+
+def _average_gradients(net: nn.Module, world: int) -> None:
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient) / world)
+
+
+# ---- stage one: the VAE ----------------------------------------------------------------------------------------------
+
+
+def train_vae(config: BaseTraining, pictures: Pictures) -> AutoencoderKL:
+    """L1 of pixels and of their differences, and a little KL. Returns the VAE with its scaling_factor measured."""
+    torch.manual_seed(config.seed)
+    vae = make_vae()
+
+    def loss_of(step: int, part: slice) -> Tensor:
+        rng = np.random.default_rng([config.seed, 1, step])
+        rows = rng.integers(len(pictures.images), size=config.vae_batch)
+        flips = rng.random(config.vae_batch) < 0.5
+        noise = rng.standard_normal((config.vae_batch, LATENT_CHANNELS, *[IMAGE_PX // STRIDE] * 2), np.float32)
+        images = pictures.images[rows[part]]
+        x = pixels(np.where(flips[part, None, None, None], images[:, :, ::-1], images))
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part])).sample
+        edges = sum((_differences(y, dim) - _differences(x, dim)).abs().mean() for dim in (2, 3))
+        return (y - x).abs().mean() + 0.5 * edges + config.kl * posterior.kl().mean()
+
+    _train(
+        vae,
+        loss_of,
+        steps=config.vae_steps,
+        rate=config.vae_rate,
+        config=config,
+        folder=config.out / "vae",
+        title="VAE",
+    )
+    z = _means(vae, pictures.images[:1024])
+    vae.register_to_config(scaling_factor=float(1 / z.std()))
+    return vae.eval().requires_grad_(False)
+
+
+def _differences(x: Tensor, dim: int) -> Tensor:
+    return x.diff(dim=dim)
+
+
+def _means(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
+    """The posterior means (N, C, h, w) of images uint8 (N, H, W, 3), unscaled."""
+    with torch.no_grad():
+        parts = [vae.encode(pixels(images[i : i + batch])).latent_dist.mean for i in range(0, len(images), batch)]
+    return torch.cat(parts)
+
+
+# ---- stage two: text to image ----------------------------------------------------------------------------------------
+
+
+def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: AutoencoderKL) -> None:
+    """v prediction of the latents, with the text encoder; writes the finished pipeline to config.out."""
+    tokenizer, scheduler = make_tokenizer(), make_scheduler()
+    torch.manual_seed(config.seed + 1)
+    net = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)})
+    unet, text = net["unet"], net["text"]
+    assert isinstance(text, CLIPTextModel)
+    latents = _means(vae, pictures.images) * vae.config["scaling_factor"]
+
+    def tokens_of(captions: list[str]) -> Tensor:
+        return torch.as_tensor(tokenizer(captions, padding="max_length", truncation=True)["input_ids"])
+
+    tokens, empty = tokens_of(pictures.captions), tokens_of([""])
+    kept = scheduler.alphas_cumprod  # the share of the signal's variance that is left at each timestep
+
+    def loss_of(step: int, part: slice) -> Tensor:
+        rng = np.random.default_rng([config.seed, 2, step])
+        rows = torch.from_numpy(rng.integers(len(pictures.images), size=config.batch))
+        z, ids = latents[rows], tokens[rows]
+        dropped = torch.from_numpy(rng.random(config.batch) < config.dropout)
+        ids = torch.where(dropped[:, None], empty, ids)
+        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32))
+        t = torch.from_numpy(rng.integers(scheduler.config["num_train_timesteps"], size=config.batch))
+        signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
+        noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
+        return F.mse_loss(unet(noisy[part], t[part], text(ids[part])[0]).sample, target[part])
+
+    _train(
+        net,
+        loss_of,
+        steps=config.steps,
+        rate=config.rate,
+        config=config,
+        folder=config.out / "unet",
+        title="text to image",
+    )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_base(config.out / "pipeline", vae, unet, text, tokenizer)  # type: ignore[arg-type]
+
+
+def train_base(config: BaseTraining) -> Path:
+    """Both stages; returns the folder of the finished pipeline. Resumes by itself."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    pictures = Pictures.read(config.shards)
+    train_text_to_image(config, pictures, train_vae(config, pictures))
+    return config.out / "pipeline"

@@ -1,0 +1,242 @@
+"""What a training is: a recipe's tables [data], [vae] (stage 1) and [lora] (stage 2), with the command line on top."""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from extract.config import merge, parse_setting
+from shards.config import load_config, read_toml
+from shards.errors import UsageError
+from shards.intrinsics import INTRINSICS
+
+
+def _check(table: str, config: Any, positive: Sequence[str] = (), shares: Sequence[str] = ()) -> None:
+    """Raises UsageError, naming the setting, unless `positive` ones are above 0 and `shares` within 0..1."""
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise UsageError(f"{table}.{name} = {getattr(config, name)}; it must be above 0")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"{table}.{name} = {getattr(config, name)}; give a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples are seen, and how they become tensors.
+
+    weights: the datasets' shares, equal to their sizes if empty. size_px: side of the square that is trained on.
+    crop: "center" or "random", of the largest square. flip: the share of samples that are mirrored; mirror_captions: the
+    words left and right then change places in their captions. held_out: the share of keys, chosen by their hash, that is
+    never trained on; validation: at most so many of them are measured.
+    where: conditions on the samples' metadata (shards.select), such as "quality.normal_depth_angle < 30".
+    window: shards that are shuffled together. workers: loader processes. memory_gb: a dataset that fits (it must be
+    cropped at the centre) is decoded once and kept; loader processes are not needed then. 0: never.
+    """
+
+    weights: tuple[float, ...] = ()
+    where: tuple[str, ...] = ()
+    size_px: int = 512
+    crop: Literal["center", "random"] = "center"
+    flip: float = 0.5
+    mirror_captions: bool = False
+    held_out: float = 0.02
+    validation: int = 64
+    window: int = 16
+    workers: int = 4
+    memory_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check("data", self, ("size_px", "held_out", "validation", "window"), ("flip", "held_out"))
+        if self.workers < 0 or self.memory_gb < 0:
+            raise UsageError("data.workers and data.memory_gb must not be negative")
+        if self.size_px % 8:
+            raise UsageError(f"data.size_px = {self.size_px}; it must be a multiple of 8, which a latent stands for")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """One stage's optimisation. Everything here but the bookkeeping decides what comes out.
+
+    batch: samples of one process at once; accumulate: such batches for one step. warmup: steps of linear rise.
+    clip: the largest norm of the gradient. ema: decay of the averaged weights, which are what is measured and kept; 0: none.
+    precision: auto is float32 on the CPU and bf16 on a GPU. channels_last: memory layout of images and convolutions.
+    Bookkeeping: checkpoint_every, keep (checkpoints beside the best), validate_every, log_every (all in steps), wandb.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    accumulate: int = 1
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    epsilon: float = 1e-8
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    checkpoint_every: int = 500
+    keep: int = 2
+    validate_every: int = 1000
+    sheets: int = 4
+    log_every: int = 10
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = ("steps", "batch", "learning_rate", "accumulate", "clip", "checkpoint_every", "keep")
+        _check("loop", self, (*numbers, "validate_every", "log_every"))
+        if not 0 <= self.ema < 1 or self.warmup < 0 or self.sheets < 0:
+            raise UsageError("loop.ema must be from 0 to below 1, and loop.warmup and loop.sheets not negative")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then constant, or a cosine down to 1 %."""
+
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+BOOKKEEPING = {"checkpoint_every", "keep", "validate_every", "sheets", "log_every", "wandb"}
+"""Settings of LoopConfig that a resumed run may change: what comes out does not depend on them."""
+_PER_PROCESS = {"batch", "accumulate"}  # only the samples of a whole step decide
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """Stage 1. drop: the probability with which each intrinsic is zeroed in the input (paper: 0.1), independently.
+
+    depth, normal, segmentation, line: weights of the reconstruction terms. missing: the weight of the loss on an intrinsic
+    that was zeroed in the input (0: none is asked for). kl: weight of the KL term, against the base's own latent scale.
+    lpips: weight of the perceptual term; 0 leaves it out (it needs the package lpips).
+    """
+
+    loop: LoopConfig
+    drop: float = 0.1
+    depth: float = 1.0
+    normal: float = 1.0
+    segmentation: float = 1.0
+    line: float = 1.0
+    missing: float = 0.0
+    kl: float = 1e-4
+    lpips: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("vae", self, shares=("drop",))
+        if min(self.depth, self.normal, self.segmentation, self.line, self.missing, self.kl, self.lpips) < 0:
+            raise UsageError("the weights of [vae] must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Stage 2 (eq. 5). intrinsic_weight: its lambda. caption_drop: captions left out for classifier-free guidance.
+
+    The rest is off unless asked for. snr_gamma: min-SNR weighting (0: none). noise_offset: of both streams' noise.
+    independent_timesteps: each stream its own t. train_schedule: w(l, t) in training ("" is the paper's w = 1).
+    without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache` added to the
+    shards. image_stream = false: the paper's ablation "LoRA-only".
+    """
+
+    loop: LoopConfig
+    rank: int = 32
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "out")
+    intrinsic_weight: float = 1.0
+    caption_drop: float = 0.1
+    snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    independent_timesteps: bool = False
+    train_schedule: str = ""
+    without: tuple[str, ...] = ()
+    cache: bool = False
+    image_stream: bool = True
+    prompts: tuple[str, ...] = ()
+    sample_steps: int = 25
+    guidance: float = 7.5
+
+    def __post_init__(self) -> None:
+        _check("lora", self, ("rank", "sample_steps"), ("caption_drop",))
+        if min(self.intrinsic_weight, self.snr_gamma, self.noise_offset, self.alpha) < 0:
+            raise UsageError("lora.intrinsic_weight, alpha, snr_gamma and noise_offset must not be negative")
+        if unknown := sorted(set(self.without) - set(INTRINSICS)):
+            raise UsageError(f"lora.without names {unknown[0]!r}; the intrinsics are {', '.join(INTRINSICS)}")
+        if set(self.without) == set(INTRINSICS):
+            raise UsageError("lora.without leaves out every intrinsic")
+        if self.without and self.cache:
+            raise UsageError("lora.without needs the maps: cached latents have all of them; set lora.cache = false")
+        if self.train_schedule and (self.independent_timesteps or not self.image_stream):
+            raise UsageError("lora.train_schedule needs both streams at one timestep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training. base: as infer opens it. shards: datasets. out: the run folder."""
+
+    name: str
+    base: str
+    shards: tuple[str, ...]
+    out: str
+    vae: VaeConfig
+    lora: LoraConfig
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if "://" in self.out:
+            raise UsageError(f"--out {self.out}: training writes to a folder on a disk; copy the run folder afterwards")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+    def identity(self, stage: Literal["vae", "lora"], world: int) -> dict[str, Any]:
+        """All settings that decide what a stage gives, as JSON: a run may only be resumed with the same."""
+        table = dataclasses.asdict(getattr(self, stage))
+        loop: dict[str, Any] = table.pop("loop")
+        kept = {name: value for name, value in loop.items() if name not in BOOKKEEPING | _PER_PROCESS}
+        kept["samples_per_step"] = loop["batch"] * loop["accumulate"] * world
+        for name in ("prompts", "sample_steps", "guidance"):
+            table.pop(name, None)
+        data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in ("workers", "memory_gb")}
+        return {"stage": stage, "seed": self.seed, "shards": list(self.shards), "data": data, **table, "loop": kept}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the toolkit."""
+    files = resources.files("train") / "recipes"
+    return sorted(file.name.removesuffix(".toml") for file in files.iterdir() if file.name.endswith(".toml"))
+
+
+def load_train_config(
+    recipe: str, *, base: str | None, shards: Sequence[str], out: str | None, settings: Sequence[str] = ()
+) -> TrainConfig:
+    """The configuration of `python -m train`: a recipe's name or a .toml, and TABLE.KEY=VALUE settings on top.
+
+    base: the recipe's own if None. Raises UsageError, naming the setting.
+    """
+    if recipe in recipe_names():
+        text = (resources.files("train") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    elif recipe.endswith(".toml"):
+        tables = read_toml(Path(recipe))
+    else:
+        raise UsageError(f"{recipe!r} is no recipe ({', '.join(recipe_names())}) and no .toml file")
+    name = Path(recipe).stem
+    for setting in settings:
+        parsed = parse_setting(setting)
+        if (table := next(iter(parsed))) not in ("data", "vae", "lora"):
+            raise UsageError(f"--set {setting}: the tables of a training recipe are data, vae and lora, not {table}")
+        tables = merge(tables, parsed)
+    given: Mapping[str, Any] = {"name": name, "base": base, "shards": list(shards), "out": out or f"runs/{name}"}
+    return load_config(TrainConfig, tables, given)

@@ -1,0 +1,272 @@
+"""From shards to tensors: which keys are trained on, in which order, and the batches of them.
+
+Everything that is drawn at random for a sample depends on (seed, position) alone, so batches are the same whatever the
+number of processes, loader workers and accumulation steps, and a resumed run goes on with the very next sample.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from shards.errors import UsageError
+from shards.geometry import square
+from shards.intrinsics import INTRINSICS, IntrinsicMap
+from shards.order import Sampler
+from shards.packing import CHANNELS, SLICES, DepthRange, depth_range, pack, valid_mask
+from shards.select import KEY_SHARE, image_size
+from shards.stream import Item, Stream
+from train.cached import LATENTS, TEXT, LatentsSpec, TextSpec, cached_latents, cached_text
+from train.config import DataConfig
+
+AHEAD = 3
+"""Batches that are made while the current one is trained on."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as tensors.
+
+    image: uint8 (3, S, S). packed: float16 (8, S, S) in [-1, 1] (shards.packing). valid: bool (4, S, S), by intrinsic.
+    With caches these are empty, and cached has what `train cache` made: means and standard deviations of the latents
+    ("image.mean", ...) and the text's embeddings.
+    sizes: what SDXL and PixArt are told: original height and width, crop top and left, height and width now.
+    """
+
+    key: str
+    position: int
+    image: Tensor
+    packed: Tensor
+    valid: Tensor
+    caption: str
+    sizes: tuple[int, int, int, int, int, int]
+    variant: tuple[int, bool] = (0, False)  # dataset and flip: with the key, what the tensors depend on
+    skipped: tuple[str, ...] = ()
+    cached: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Caches:
+    """By what the caches in the shards must have been made (train.cached)."""
+
+    latents: LatentsSpec
+    text: TextSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples. image: float32 (B, 3, S, S) in [-1, 1]; packed: float32 (B, 8, S, S); valid: bool (B, 4, S, S)."""
+
+    samples: Sequence[Sample]
+
+    @property
+    def keys(self) -> list[str]:
+        return [sample.key for sample in self.samples]
+
+    def image(self) -> Tensor:
+        return torch.stack([sample.image for sample in self.samples]).float() / 127.5 - 1
+
+    def packed(self) -> Tensor:
+        return torch.stack([sample.packed for sample in self.samples]).float()
+
+    def valid(self) -> Tensor:
+        return torch.stack([sample.valid for sample in self.samples])
+
+
+@dataclass(frozen=True)
+class Held:
+    """A held-out sample with the truth that it is measured against: its image uint8 (S, S, 3), maps, and depth range."""
+
+    sample: Sample
+    image: np.ndarray
+    maps: dict[str, IntrinsicMap]
+    depth: DepthRange
+
+
+def generator_of(seed: int, position: int, purpose: int) -> torch.Generator:
+    """The generator of one sample of the stream; purposes are independent of each other. On the CPU, for every device."""
+    state = np.random.SeedSequence([seed, position, purpose]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def mirrored(caption: str) -> str:
+    """The caption of the mirrored picture: left and right change places."""
+    return re.sub(r"\b(left|right)\b", lambda found: _MIRROR[found[0].lower()], caption, flags=re.IGNORECASE)
+
+
+_MIRROR = {"left": "right", "right": "left"}
+
+
+def _to_tensors(item: Item, rng: np.random.Generator, config: DataConfig, dataset: int = 0) -> tuple[Sample, Held]:
+    """Crop, flip, resize and pack one sample. The flip is drawn first, so that it is known without decoding."""
+    assert item.image is not None
+    flip = bool(rng.random() < config.flip)
+    height, width = item.image.shape[:2]
+    geometry = square(height, width, config.size_px, rng=rng if config.crop == "random" else None, flip=flip)
+    image, maps = geometry.image(item.image), geometry.maps(item.maps)
+    packed, _ = pack(maps)
+    mask = valid_mask(maps)
+    x, y, _, _ = geometry.box
+    sample = Sample(
+        key=item.key,
+        position=item.position,
+        image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        packed=torch.from_numpy(packed).half(),
+        valid=torch.from_numpy(mask[[where.start for where in SLICES.values()]]),
+        caption=mirrored(item.caption) if flip and config.mirror_captions else item.caption,
+        sizes=(height, width, y, x, config.size_px, config.size_px),
+        variant=(dataset, flip),
+        skipped=item.skipped,
+    )
+    return sample, Held(sample, image, maps, depth_range(maps["depth"]))
+
+
+def _from_caches(item: Item, rng: np.random.Generator, config: DataConfig, caches: Caches, dataset: int = 0) -> Sample:
+    """A sample of which nothing has to be decoded."""
+    flip, nothing = bool(rng.random() < config.flip), torch.empty(0)
+    tensors = dict(cached_text(item, caches.text))
+    for name, (mean, std) in cached_latents(item, caches.latents, flip).items():
+        tensors |= {f"{name}.mean": mean, f"{name}.std": std}
+    width, height = image_size(item.meta) or (config.size_px, config.size_px)
+    side = min(width, height)
+    return Sample(
+        key=item.key,
+        position=item.position,
+        image=nothing,
+        packed=nothing,
+        valid=nothing,
+        caption=item.caption,
+        sizes=(height, width, (height - side) // 2, (width - side) // 2, config.size_px, config.size_px),
+        variant=(dataset, flip),
+        skipped=item.skipped,
+        cached=tensors,
+    )
+
+
+@dataclass
+class Samples:
+    """The training samples by position, and the held-out ones.
+
+    keep: a folder for what was found out about the datasets (shards.select). caches: read these instead of images and
+    maps. A dataset that fits config.memory_gb is decoded once: in_memory says so.
+    """
+
+    urls: Sequence[str]
+    config: DataConfig
+    seed: int
+    keep: str | None = None
+    caches: Caches | None = None
+    _kept: dict[tuple[int, bool, str], Sample] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        share = self.config.held_out
+        if self.caches is not None and self.config.flip and self.config.mirror_captions:
+            raise UsageError(
+                "cached text is of the captions as they are: set data.mirror_captions = false, or data.flip = 0"
+            )
+        if self.caches is not None and self.config.crop != "center":
+            raise UsageError("cached latents are of the square in the centre: set data.crop = center")
+        self.stream = self._open(f"{KEY_SHARE} >= {share}", shuffle=True)
+        self.stream.transform = self._prepare
+        self._held_out = self._open(f"{KEY_SHARE} < {share}", shuffle=False)
+
+    def _open(self, split: str, shuffle: bool) -> Stream:
+        return Stream(
+            self.urls,
+            self.config.weights or None,
+            seed=self.seed,
+            window=self.config.window,
+            shuffle=shuffle,
+            where=(*self.config.where, split),
+            keep=self.keep,
+            images=self.caches is None,
+            intrinsics=tuple(INTRINSICS) if self.caches is None else (),
+            extras=() if self.caches is None else (LATENTS, TEXT),
+        )
+
+    def __len__(self) -> int:
+        """Training samples of an epoch."""
+        return len(self.stream)
+
+    @property
+    def in_memory(self) -> bool:
+        size = self.config.size_px**2
+        variants = 2 if 0 < self.config.flip < 1 else 1
+        needed = len(self) * variants * size * (3 + 2 * CHANNELS + len(INTRINSICS))
+        return self.caches is None and self.config.crop == "center" and needed <= self.config.memory_gb * 2**30
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}
+
+    def _prepare(self, item: Item, rng: np.random.Generator) -> Sample:
+        if self.caches is not None:
+            return _from_caches(item, rng, self.config, self.caches, self._dataset(item.position))
+        return _to_tensors(item, rng, self.config, self._dataset(item.position))[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Sample]:
+        """The samples at these positions; a DataLoader calls this."""
+        if not self.in_memory:
+            return self.stream.__getitems__(positions)
+        found: dict[int, Sample] = {}
+        for position in positions:
+            if (known := self._kept.get(self._name(position))) is not None:
+                found[position] = dataclasses.replace(known, position=position)
+        missing = [position for position in positions if position not in found]
+        for position, sample in zip(missing, self.stream.__getitems__(missing) if missing else [], strict=True):
+            found[position] = sample
+            name = self._name(position)
+            if name[2] == sample.key:  # else it stands in for a corrupt one
+                self._kept[name] = sample
+        return [found[position] for position in positions]
+
+    def _name(self, position: int) -> tuple[int, bool, str]:
+        flip = bool(np.random.default_rng([self.stream.seed, position]).random() < self.config.flip)
+        return self._dataset(position), flip, self.stream.key(position)
+
+    def _dataset(self, position: int) -> int:
+        return self.stream.mixture.place(position // self.stream.chunk)[0]
+
+    def held_out(self) -> list[Held]:
+        """At most config.validation samples that are never trained on, never flipped, in a fixed order, with the truth."""
+        return [held for _, held in self._measured(lambda item, rng, plain: _to_tensors(item, rng, plain))]
+
+    def held_out_samples(self) -> list[Sample]:
+        """The same, as training sees them."""
+        if self.caches is None:
+            return [held.sample for held in self.held_out()]
+        caches = self.caches
+        return self._measured(lambda item, rng, plain: _from_caches(item, rng, plain, caches))
+
+    def _measured(self, transform: Callable[[Item, np.random.Generator, DataConfig], Any]) -> list[Any]:
+        plain = dataclasses.replace(self.config, flip=0.0, crop="center")
+        self._held_out.transform = lambda item, rng: transform(item, rng, plain)
+        count = min(self.config.validation, len(self._held_out))
+        return self._held_out.__getitems__(range(count))
+
+    def batches(self, sampler: Sampler) -> Iterator[Batch]:
+        """The batches of one rank from sampler.consumed on, made ahead by a thread or by loader processes."""
+        if self.config.workers and not self.in_memory:
+            loader: Any = DataLoader(
+                self,  # type: ignore[arg-type]
+                batch_sampler=sampler,
+                num_workers=self.config.workers,
+                collate_fn=list,
+                prefetch_factor=AHEAD,
+            )
+            yield from map(Batch, loader)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = []
+            for positions in sampler:
+                ahead.append(pool.submit(self.__getitems__, positions))
+                if len(ahead) > AHEAD:
+                    yield Batch(ahead.pop(0).result())
+            for batch in ahead:
+                yield Batch(batch.result())

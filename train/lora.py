@@ -1,0 +1,260 @@
+"""Stage 2: the LoRA of the intrinsic stream (paper, eq. 5), with the base frozen and both VAEs frozen.
+
+    L = ||eps_x_hat - eps_x||^2 + lambda ||eps_i_hat - eps_i||^2
+
+One timestep for both streams, two independent noises, w = 1 everywhere. What is drawn at random for a sample depends on
+(seed, position) alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+from infer.bases import describe_base, network_of, open_base, prediction_type_of
+from infer.run_folder import manifest_for, save_run
+from shards.dataset import Dataset
+from shards.errors import UserError
+from shards.packing import SLICES
+from train.cached import fitting_caches, weights_digest
+from train.config import LoraConfig, TrainConfig
+from train.data import Batch, Caches, Sample, Samples, generator_of
+from train.diffusion_loss import noised, snr_weight, stream_loss, target
+from train.engine import Outcome, Validation, make_accelerator, precision, train
+from train.latents import Encoder
+from train.network import encode_nothing, network_arguments, signal_levels
+from train.sheets import TrainingGenerator, sample_sheet
+from train.streams import Streams, make_streams
+from train.vae import trained_vae
+
+DRAWS, MEASURE = 2, 3  # purposes of this stage's generators (train.data.generator_of)
+SEEN_OFTEN = 4  # epochs from which on it pays to keep latents in memory
+REPEATS = 4  # timesteps at which each held-out sample is measured
+STAGE = "training/lora"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for B samples: timesteps and noises of both streams, posteriors' noises, whether the caption stays.
+
+    timesteps: int64 (2, B). noise, posterior: float32 (2, B, C, h, w). captioned: bool (B,). Streams: image, intrinsics.
+    """
+
+    timesteps: Tensor
+    noise: Tensor
+    posterior: Tensor
+    captioned: Tensor
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+
+def draw(config: LoraConfig, generators: Sequence[torch.Generator], shape: tuple[int, int, int], levels: int) -> Draws:
+    """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
+    rows = []
+    for g in generators:
+        timesteps = torch.randint(levels, (2,), generator=g)
+        if not config.independent_timesteps:
+            timesteps[1] = timesteps[0]
+        captioned = torch.rand((), generator=g) >= config.caption_drop
+        noise, posterior = torch.randn((2, 2, *shape), generator=g)
+        noise = noise + config.noise_offset * torch.randn((2, shape[0], 1, 1), generator=g)
+        rows.append((timesteps, noise, posterior, captioned))
+    timesteps, noise, posterior, captioned = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Draws(timesteps.T, noise.transpose(0, 1), posterior.transpose(0, 1), captioned)
+
+
+@dataclass
+class LoraTask:
+    """What the engine trains in stage 2."""
+
+    config: LoraConfig
+    pipeline: Any
+    streams: Streams
+    encoder: Encoder
+    vae: AutoencoderKL
+    held: Sequence[Sample]
+    generator: TrainingGenerator | None
+    seed: int
+    device: torch.device
+    size_px: int
+    name: str = "lora"
+
+    def __post_init__(self) -> None:
+        self.module = network_of(self.pipeline)
+        self.levels = signal_levels(self.pipeline).to(self.device)
+        self.prediction = prediction_type_of(self.pipeline)
+        self.nothing = encode_nothing(self.pipeline)
+        if self.config.loop.gradient_checkpointing:
+            self.module.enable_gradient_checkpointing()  # type: ignore[operator]
+        if self.config.loop.compile:
+            self.streams.compile()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.streams.trainable()
+
+    def losses(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """image, intrinsic (unweighted) and "loss" of eq. 5, each (B,)."""
+        generators = [generator_of(self.seed, sample.position, DRAWS) for sample in batch.samples]
+        return self._eq5(module, batch, draw(self.config, generators, self.encoder.shape, len(self.levels)))
+
+    def _eq5(self, module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        encoded = self.encoder(batch)
+        draws = draws.to(self.device)
+        clean = encoded.sample(draws.posterior)  # (2, B, C, h, w)
+        levels = self.levels[draws.timesteps]  # (2, B)
+        noisy, wanted = [], []
+        for stream in range(2):
+            noisy.append(noised(clean[stream], draws.noise[stream], levels[stream]))
+            wanted.append(target(clean[stream], draws.noise[stream], levels[stream], self.prediction))
+        text = {
+            name: torch.where(_like(draws.captioned, rows), rows, self.nothing[name].to(rows))
+            for name, rows in encoded.text.items()
+        }
+        sizes = torch.tensor([sample.sizes for sample in batch.samples], device=self.device)
+        used = self.streams.used
+        conditions = network_arguments(
+            self.pipeline,
+            {name: torch.cat([rows] * len(used)) for name, rows in text.items()},
+            sizes.repeat(len(used), 1),
+        )
+        predicted = self.streams.predict(
+            module,
+            torch.cat([noisy[stream] for stream in used]),
+            torch.cat([draws.timesteps[stream] for stream in used]),
+            conditions,
+        )
+        weight = [snr_weight(levels[stream], self.config.snr_gamma, self.prediction) for stream in range(2)]
+        terms = {
+            "image": torch.zeros_like(weight[0]),
+            "intrinsic": torch.zeros_like(weight[1]),
+        }
+        for stream, rows in zip(used, predicted.chunk(len(used)), strict=True):
+            terms[("image", "intrinsic")[stream]] = stream_loss(rows, wanted[stream])
+        loss = weight[0] * terms["image"] + self.config.intrinsic_weight * weight[1] * terms["intrinsic"]
+        return terms | {"loss": loss}
+
+    @torch.no_grad()
+    def validate(self, sheets: int) -> Validation:
+        """Both terms on the held-out samples, each at timesteps spread evenly; the same draws at every call."""
+        totals: dict[str, list[Tensor]] = {}
+        count = len(self.held) * REPEATS
+        for start in range(0, count, self.config.loop.batch):
+            numbers = range(start, min(start + self.config.loop.batch, count))
+            batch = Batch([self.held[number // REPEATS] for number in numbers])
+            draws = draw(
+                self.config,
+                [generator_of(self.seed, number, MEASURE) for number in numbers],
+                self.encoder.shape,
+                len(self.levels),
+            )
+            places = torch.tensor(
+                [(number % REPEATS + (number // REPEATS + 0.5) / len(self.held)) for number in numbers]
+            )
+            spread = (places / REPEATS * len(self.levels)).long().clamp(max=len(self.levels) - 1)
+            draws = Draws(spread.expand(2, -1), draws.noise, draws.posterior, torch.ones_like(draws.captioned))
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
+                for name, value in self._eq5(self.module, batch, draws).items():
+                    totals.setdefault(name, []).append(value.float().cpu())
+        means = {name: float(torch.cat(values).mean()) for name, values in totals.items()}
+        score = means.pop("loss")
+        pictures = {}
+        if sheets and self.generator is not None:
+            prompts = self.config.prompts or tuple(sample.caption for sample in self.held[:sheets])
+            pictures = sample_sheet(self.generator, prompts[:sheets], self.config, self.size_px)
+        return Validation(score, means, pictures)
+
+    @property
+    def amp(self) -> torch.dtype:
+        return precision(self.config.loop, self.device)
+
+
+def _like(flags: Tensor, rows: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), to choose among rows (B, ...)."""
+    return flags.view(-1, *[1] * (rows.ndim - 1))
+
+
+def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[LoraTask, Samples]:
+    """The task of stage 2 with its base and the intrinsic VAE of stage 1, and what it learns from.
+
+    Raises UserError when there is no intrinsic VAE, or it does not fit the base, or caches do not fit either.
+    """
+    vae = trained_vae(config)
+    pipeline: Any = open_base(config.base, dtype=precision(config.lora.loop, device))
+    network: Any = network_of(pipeline)
+    if vae.config["latent_channels"] != network.config["in_channels"]:
+        raise UserError(f"the intrinsic VAE of {config.out} has other latents than the base {config.base}")
+    caches = None
+    if config.lora.cache:
+        datasets = [Dataset.open(url) for url in config.shards]
+        size_px, flip = config.data.size_px, config.data.flip > 0
+        caches = Caches(*fitting_caches(datasets, pipeline, vae, size_px=size_px, flip=flip))
+    selection = str(config.folder / "training" / "selection")
+    samples = Samples(config.shards, config.data, config.seed, selection, caches)
+    seen = config.lora.loop.steps * config.lora.loop.batch * config.lora.loop.accumulate * world
+    keep = samples.in_memory and seen >= SEEN_OFTEN * len(samples)
+    return make_task(config, pipeline, vae, samples.held_out_samples(), device, keep), samples
+
+
+def make_task(
+    config: TrainConfig, pipeline: Any, vae: AutoencoderKL, held: Sequence[Sample], device: torch.device, keep: bool
+) -> LoraTask:
+    """Freezes the base and both VAEs, and puts untrained adapters on the self-attention.
+
+    keep: whether latents and text are remembered once they are encoded.
+    """
+    lora = config.lora
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    vae = _frozen(nn.Module.to(vae, device=device, dtype=precision(lora.loop, device)))
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            _frozen(part)
+    torch.manual_seed(config.seed)  # the adapters begin alike in every process
+    streams = make_streams(network_of(pipeline), lora)
+    without = tuple(SLICES[name] for name in lora.without)
+    return LoraTask(
+        config=lora,
+        pipeline=pipeline,
+        streams=streams,
+        encoder=Encoder(pipeline, vae, without=without, size_px=config.data.size_px, keep=keep),
+        vae=vae,
+        held=held,
+        generator=TrainingGenerator(pipeline, streams.denoiser, vae) if streams.denoiser else None,
+        seed=config.seed,
+        device=device,
+        size_px=config.data.size_px,
+    )
+
+
+def train_lora(config: TrainConfig) -> Outcome:
+    """Trains stage 2 with the VAE of stage 1, and writes the run folder. The same call again continues."""
+    accelerator = make_accelerator()
+    world = accelerator.num_processes
+    task, samples = load_task(config, accelerator.device, world)
+    base = describe_base(task.module, config.base)
+    identity = config.identity("lora", world) | {"base": base.architecture, "vae": weights_digest(task.vae)}
+    outcome = train(
+        task,
+        config.lora.loop,
+        samples,
+        accelerator=accelerator,
+        folder=config.folder / STAGE,
+        identity=identity,
+        seed=config.seed,
+    )
+    if outcome.finished and accelerator.is_main_process:
+        weights = task.streams.weights(outcome.average)
+        training = identity | {"recipe": config.name, "steps": outcome.step}
+        prediction = prediction_type_of(task.pipeline)
+        manifest = manifest_for(task.module, config.base, prediction, weights, training=training)
+        save_run(config.out, manifest, weights, trained_vae(config))
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def _frozen(module: Any) -> Any:
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,63 @@
+"""What a simple training loop needs to go on where it stopped: networks, their average and the optimiser, in one file.
+
+Safetensors only, written under a temporary name, synced and renamed: a killed run finds the last whole one.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+STATE = "training.safetensors"
+
+
+def averaged(net: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's parameters and buffers, to be moved towards it by `follow`."""
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def follow(average: Mapping[str, Tensor], net: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average; the first steps move faster, so that the start is forgotten."""
+    decay = min(decay, (step + 1) / (step + 10))
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point():
+            average[name].lerp_(tensor, 1 - decay)
+
+
+def save_state(
+    path: Path, step: int, net: nn.Module, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
+) -> None:
+    """Writes everything that resuming after `step` steps needs."""
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    state |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for number, slots in optimiser.state_dict()["state"].items():
+        state |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary, {"step": str(step)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_state(path: Path, net: nn.Module, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
+    """Puts back what save_state wrote; returns the step to go on with, 0 if there is no such file."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        step = int(file.metadata()["step"])
+    net.load_state_dict({name: state[f"net.{name}"] for name in net.state_dict()})
+    for name in average:
+        average[name].copy_(state[f"average.{name}"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith("optimiser."):
+            _, number, slot = name.split(".")
+            slots.setdefault(int(number), {})[slot] = tensor
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
+    return step

@@ -1,0 +1,211 @@
+"""Stage 1: the intrinsic VAE (paper, sec. 3.2): the base's VAE, widened to the packed intrinsics, fine-tuned.
+
+Each intrinsic is zeroed in the input with probability 0.1, independently, so that no single one dominates the latent. The
+loss then asks for the intrinsics that were given (ours; `vae.missing` asks for the others too).
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from infer.bases import open_base
+from infer.vae import encode, scaled, widen
+from shards.display import Row, sheet
+from shards.errors import UserError
+from shards.intrinsics import INTRINSICS
+from shards.packing import CHANNELS, SLICES, unpack
+from train.config import TrainConfig, VaeConfig
+from train.data import Batch, Held, Samples, generator_of
+from train.engine import Outcome, Validation, make_accelerator, train
+from train.metrics import compare, mean_of
+from train.vae_loss import kl, reconstruction, weighted
+
+DRAWS = 1  # purpose of this stage's generators (train.data.generator_of)
+STAGE, RESULT = "training/vae", "vae"
+
+
+class Autoencoder(nn.Module):
+    """One module for encoding, sampling and decoding, so that several processes can share its gradient."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, packed: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """packed (B, 8, H, W), noise (B, C, h, w) -> made (B, 8, H, W), and the posterior's mean and log variance."""
+        posterior = self.vae.encode(packed).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        made = self.vae.decode(mean + (0.5 * logvar).exp() * noise).sample
+        return made.float(), mean, logvar
+
+
+@dataclasses.dataclass
+class VaeTask:
+    """What the engine trains in stage 1."""
+
+    config: VaeConfig
+    vae: AutoencoderKL
+    held: Sequence[Held]
+    image_std: float
+    seed: int
+    device: torch.device
+    name: str = "vae"
+
+    def __post_init__(self) -> None:
+        self.module = Autoencoder(self.vae)
+        if self.config.loop.gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
+        if self.config.loop.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config.loop.compile:
+            self.module.compile()
+        scaling: Any = self.vae.config
+        zero = torch.zeros(1, scaling["latent_channels"], 1, 1)
+        self._prior_std = 1 / (scaled(self.vae, zero + 1) - scaled(self.vae, zero)).to(self.device)
+        self._prior_mean = -scaled(self.vae, zero).to(self.device) * self._prior_std
+        self._weights = {name: float(getattr(self.config, name)) for name in INTRINSICS}
+        self._factor = 2 ** (len(scaling["block_out_channels"]) - 1)
+        self._lpips = None if not self.config.lpips else _perceptual(self.device)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.vae.named_parameters())
+
+    def losses(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """depth, normal, segmentation, line, kl and their weighted sum, each (B,)."""
+        x, valid = batch.packed().to(self.device), batch.valid().to(self.device)
+        size = x.shape[-1] // self._factor
+        draws = [generator_of(self.seed, sample.position, DRAWS) for sample in batch.samples]
+        given = torch.stack([torch.rand(len(INTRINSICS), generator=g) >= self.config.drop for g in draws])
+        shape = (self.vae.config["latent_channels"], size, size)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(self.device)
+        given = given.to(self.device)
+        shown = x * channels_of(given)[..., None, None]
+        if self.config.loop.channels_last:
+            shown = shown.contiguous(memory_format=torch.channels_last)
+        made, mean, logvar = module(shown, noise)
+        terms = reconstruction(made, x, valid)
+        terms["kl"] = kl(mean, logvar, self._prior_mean, self._prior_std)
+        loss = weighted(terms, self._weights, given, self.config.missing) + self.config.kl * terms["kl"]
+        if self._lpips is not None:
+            terms["lpips"] = perceptual(self._lpips, made, x)
+            loss = loss + self.config.lpips * terms["lpips"]
+        return terms | {"loss": loss}
+
+    @torch.no_grad()
+    def validate(self, sheets: int) -> Validation:
+        """Every measure with all intrinsics given, and with each one missing ("without_depth/normal/angle", ...)."""
+        metrics: dict[str, float] = {}
+        score, shown = 0.0, list[Row]()
+        for missing in (None, *INTRINSICS):
+            rows, latents = list[dict[str, float]](), list[Tensor]()
+            losses = list[float]()
+            for start in range(0, len(self.held), self.config.loop.batch):
+                some = self.held[start : start + self.config.loop.batch]
+                batch = Batch([one.sample for one in some])
+                x = batch.packed().to(self.device)
+                given = x.clone()
+                if missing is not None:
+                    given[:, SLICES[missing]] = 0
+                z = self.vae.encode(given).latent_dist.mode()
+                made = self.vae.decode(z).sample.float()
+                terms = reconstruction(made, x, batch.valid().to(self.device))
+                everything = torch.ones(len(some), len(INTRINSICS), dtype=torch.bool, device=self.device)
+                losses += weighted(terms, self._weights, everything, 0.0).tolist()
+                latents.append(scaled(self.vae, z.float()))
+                for one, channels in zip(some, made.cpu().numpy(), strict=True):
+                    maps = unpack(channels, one.depth)
+                    rows.append(compare(maps, one.maps))
+                    if missing is None and len(shown) < 2 * sheets:
+                        shown += [(one.image, one.maps, one.sample.caption), (one.image, maps, "reconstructed")]
+            prefix = "" if missing is None else f"without_{missing}/"
+            metrics |= {prefix + name: value for name, value in mean_of(rows).items()}
+            if missing is None:
+                score = sum(losses) / len(losses)
+                every = torch.cat(latents)
+                metrics |= {"latent/std": float(every.std()), "latent/mean": float(every.mean())}
+        metrics["latent/std_of_images"] = self.image_std
+        pictures: dict[str, Image.Image] = {"reconstructions": sheet(shown, 192)} if shown else {}
+        return Validation(score, metrics, pictures)
+
+
+def channels_of(given: Tensor) -> Tensor:
+    """bool (B, 4), by intrinsic -> bool (B, 8), by packed channel."""
+    widths = torch.tensor([row.channels for row in INTRINSICS.values()], device=given.device)
+    return given.repeat_interleave(widths, dim=1)
+
+
+def _perceptual(device: torch.device) -> nn.Module:
+    try:
+        from lpips import LPIPS
+    except ImportError as error:
+        raise UserError("vae.lpips needs the package lpips: install it, or set vae.lpips = 0") from error
+    made: nn.Module = LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    return made
+
+
+def perceptual(lpips: nn.Module, made: Tensor, x: Tensor) -> Tensor:
+    """(B,): LPIPS of every intrinsic shown as a picture of three channels, averaged."""
+    total = torch.zeros(len(x), device=x.device)
+    for channels in SLICES.values():
+        pictures = (part[:, channels].expand(-1, 3, -1, -1) for part in (made, x))
+        total = total + lpips(*pictures).flatten()
+    return total / len(SLICES)
+
+
+def train_vae(config: TrainConfig) -> Outcome:
+    """Trains stage 1 and writes RUN/vae, a diffusers folder. The same call again continues."""
+    accelerator = make_accelerator()
+    device = accelerator.device
+    torch.manual_seed(config.seed)
+    pipeline: Any = open_base(config.base, dtype=torch.float32)
+    samples = Samples(config.shards, config.data, config.seed, str(config.folder / "training" / "selection"))
+    held = samples.held_out()
+    base_vae = pipeline.vae.to(device).eval()
+    vae = base_vae if base_vae.config.in_channels == CHANNELS else widen(base_vae)
+    with torch.no_grad():
+        images = Batch([one.sample for one in held[:16]]).image()
+        image_std = float(encode(base_vae, images).std())
+    task = VaeTask(config.vae, vae.to(device).train(), held, image_std, config.seed, device)
+    outcome = train(
+        task,
+        config.vae.loop,
+        samples,
+        accelerator=accelerator,
+        folder=config.folder / STAGE,
+        identity=config.identity("vae", accelerator.num_processes),
+        seed=config.seed,
+    )
+    if outcome.finished and accelerator.is_main_process:
+        state = vae.state_dict()
+        for name, value in outcome.average.items():
+            state[name].copy_(value)
+        save_result(vae, config.folder / RESULT)
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def save_result(vae: AutoencoderKL, folder: Path) -> None:
+    """Writes the trained VAE as a diffusers folder, in one go."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    vae.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def trained_vae(config: TrainConfig) -> AutoencoderKL:
+    """The result of stage 1 of this run. Raises UserError when there is none."""
+    folder = config.folder / RESULT
+    if not (folder / "config.json").exists():
+        raise UserError(f"{config.out} has no finished intrinsic VAE; train it first with `python -m train vae`")
+    try:
+        return AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
