@@ -1,6 +1,7 @@
 """Workers on Ray: started, replaced when they die, and asked one question at a time."""
 
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -43,7 +44,8 @@ def connected(address: str, workers: int) -> Iterator[None]:
     variables = dict.fromkeys(THREAD_VARIABLES, "1")
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "info" if debug else "error"}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else reaches this cluster
+        if "RAY_AUTH_MODE" not in os.environ:  # Ray then asks for a token; one of this process, never on the disk
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ |= variables  # inherited by the workers
         options |= {"num_cpus": max(workers, 1), "include_dashboard": False, "object_store_memory": 100 << 20}
     else:

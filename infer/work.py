@@ -16,6 +16,7 @@ import torch
 import transformers
 from ray.exceptions import RayTaskError
 
+from extract.cluster import connected
 from infer.condition import Given
 from infer.outputs import extra_files, maker, read_given, read_image, sample_members
 from infer.sampler import CoGenerator
@@ -187,20 +188,16 @@ def paint_all(
             yield from painter.paint(part)
         return
     on_gpu = (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    ours, painters = not ray.is_initialized(), list[Any]()
-    if ours:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    try:
+    with connected(address, workers):
         actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=3, max_task_retries=3)(Painter)
-        painters += [actor.remote(request, None if on_gpu else 1) for _ in range(min(workers, len(batches)))]
-        yield from _in_order(painters, batches)
-    except RayTaskError as error:
-        raise UserError(str(error.cause)) from error
-    finally:
-        for painter in painters:
-            ray.kill(painter)
-        if ours:
-            ray.shutdown()
+        painters: list[Any] = [actor.remote(request, None if on_gpu else 1) for _ in range(min(workers, len(batches)))]
+        try:
+            yield from _in_order(painters, batches)
+        except RayTaskError as error:
+            raise UserError(str(error.cause)) from error
+        finally:
+            for worker in painters:
+                ray.kill(worker)
 
 
 def _in_order(painters: list[Any], batches: list[Sequence[Job]]) -> Iterator[Painted]:

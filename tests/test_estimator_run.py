@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
 from skimage import data as photographs
 from typer.testing import CliRunner
 
 from extract.__main__ import app
+from extract.cluster import connected
 from extract.estimators.table import find_set, load, tasks_of
 from extract.images import ImageRules
 from extract.sources import RawSample, Unit
@@ -29,9 +29,8 @@ SECOND = {"depth": "dpt-large", "normal": "tipsv2", "segmentation": "eomt", "lin
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    yield
-    ray.shutdown()
+    with connected("local", 1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
+from extract.cluster import connected
 from extract.config import ExtractConfig, RunConfig, load_extract_config, merge, parse_setting
 from extract.estimators import Estimator, null
 from extract.estimators.table import Row, Task
@@ -70,9 +70,8 @@ def load_moody(*, device: str, dtype: str, weights: Path | None, notes: str) -> 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    yield
-    ray.shutdown()
+    with connected("local", 4):
+        yield
 
 
 Extract = Callable[..., Summary]

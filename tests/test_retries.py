@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from benchmarks.crash import contents
+from extract.cluster import connected
 from extract.config import load_extract_config
 from extract.run import Summary, run
 from shards.counts import standing
@@ -39,9 +39,8 @@ class Moody(Web):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    yield
-    ray.shutdown()
+    with connected("local", 2):
+        yield
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from extract.cluster import connected
 from infer.__main__ import app
 from infer.outputs import read_given
 from shards.dataset import Dataset
@@ -156,16 +156,12 @@ def test_generated_shards_are_a_dataset_that_verify_accepts(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def ray_alone():
-    """Ray without reports to anyone, and one thread a worker, as this process then has."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled"), ("OMP_NUM_THREADS", "1")):
-            patch.setenv(name, value)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    """Ray, and one thread in this process, as its workers have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with connected("local", 2):
         yield
-        ray.shutdown()
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def painters() -> list[int]:
