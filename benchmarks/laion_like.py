@@ -247,14 +247,14 @@ def check(out: str, rows: int) -> None:
     )
 
 
-def extract(folder: Path, rows: int, port: int) -> None:
+def extract(folder: Path, rows: int, port: int, size_px: int) -> None:
     """Serves in another process, extracts, and checks."""
     command = [sys.executable, "-m", "benchmarks.laion_like", str(folder), "--rows", str(rows), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None and server.stdout.readline()
         out = str(folder / "out")
         try:
-            settings = ["--estimators", "null", "--no-gallery", "--out", out]
+            settings = ["--estimators", "null", "--size", f"{size_px}", "--no-gallery", "--out", out]
             subprocess.run([sys.executable, "-m", "extract", str(folder / "laion_like.toml"), *settings], check=True)
         finally:
             server.terminate()
@@ -267,13 +267,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--port", type=int, default=8377)
     parser.add_argument("--extract", action="store_true", help="make the dataset FOLDER/out, too, and check it")
+    parser.add_argument("--size", type=int, default=128, help="pixels of the shorter side, for --extract")
     parser.add_argument("--check", metavar="DATASET", help="only compare a dataset with the rows")
     options = parser.parse_args()
     if options.check:
         check(options.check, options.rows)
         return
     if options.extract:
-        extract(options.folder, options.rows, options.port)
+        extract(options.folder, options.rows, options.port, options.size)
         return
     web = Web(images(), distinct=True)
     write(options.folder, options.rows, options.port)

@@ -1,6 +1,7 @@
 """Workers on Ray: started, replaced when they die, and asked one question at a time."""
 
 import os
+import random
 import secrets
 import signal
 import sys
@@ -26,6 +27,7 @@ MAX_DEATHS = 20
 ATTEMPTS = 2  # at a unit that ends with a sentence: what stopped it may have passed
 MAX_FAILED_STARTS = 10
 POLL_S = 1.0
+POLLED = 16  # workers that are asked for their progress at a time; a question costs the driver a millisecond
 CPU_THREADS, GPU_THREADS = 2, 16  # of a worker, for decoding; the same again for encoding
 LOOK_S = 10.0  # between two looks at how many nodes there are
 
@@ -256,13 +258,14 @@ class Pool:
         self._idle.append(worker)
 
     def progress(self) -> tuple[int, int]:
-        """Inputs done and failed in the units at work, as last heard; asks for news at most once in POLL_S, never waits."""
+        """Inputs done and failed in the units at work, as last heard; asks some workers once in POLL_S, and never waits."""
         now = time.monotonic()
         if now - self._last_poll >= POLL_S:
             self._last_poll = now
             self._hear()
-            for worker, question in self._busy.values():
-                if isinstance(question, Job) and worker not in self._asked:
+            at_work = [worker for worker, question in self._busy.values() if isinstance(question, Job)]
+            for worker in random.sample(at_work, min(POLLED, len(at_work))):
+                if worker not in self._asked:
                     self._asked[worker] = worker.progress.remote()
         return sum(done for done, _ in self._counts.values()), sum(failed for _, failed in self._counts.values())
 

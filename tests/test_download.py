@@ -357,6 +357,17 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch: pytes
     downloader.close()
 
 
+@pytest.mark.parametrize(
+    "host", ["stranger.test", "localhost", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]", "[::1]", "10.0.0.1"]
+)
+def test_a_redirect_is_checked_like_a_url(web: Web, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    downloader = Downloader(DownloadSettings(**QUICK), loopback)
+    monkeypatch.setitem(web.answers, "elsewhere", web._redirect(f"//{host}:{web.port}/ok/target.jpg"))
+    assert reason(fetch(downloader, f"{web.address}/elsewhere/1.jpg")) == "forbidden_address"
+    assert not any("target" in path for path in web.requests)
+    downloader.close()
+
+
 def test_the_last_look_before_a_socket_refuses_too() -> None:
     guard = Guard()
     for number in ("127.0.0.1", "10.0.0.1"):

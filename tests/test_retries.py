@@ -1,7 +1,10 @@
 """--retry-failed: what failed and may have passed is tried again and appended; every input stays accounted for."""
 
+import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,35 @@ def test_a_stopped_retry_goes_on_to_the_same_dataset(cluster: None, web: Moody, 
     web.answers[DOWN] = web._down
     extract(recipe, out, retry_failed=True)  # goes on with this round, and begins no other
     assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.parametrize(("last", "committed"), [("1", 5), ("13", 6)])  # of rows 1, 3, 6, 8 and 11, 13, in two shards
+def test_a_retry_killed_at_any_time_is_finished_by_the_same_command(
+    cluster: None, web: Moody, recipe: Path, tmp_path: Path, last: str, committed: int
+) -> None:
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    for folder in (out, undisturbed):
+        extract(recipe, folder)
+    web.up = 2
+    extract(recipe, undisturbed, retry_failed=True)
+    command = [sys.executable, "-m", "extract", str(recipe), "--out", str(out), "--retry-failed", "--workers", "2"]
+
+    async def deadly(writer: Any, path: str) -> None:
+        if path.endswith((f"/{last}.jpg", f"/twice{last}.jpg")):
+            while not (out / f"{committed - 1:06d}.json").exists():
+                await asyncio.sleep(0.01)
+            driver.kill()
+        await web._down(writer, path)
+
+    web.answers[DOWN] = deadly
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert driver.wait(timeout=120) == -signal.SIGKILL
+    dataset = Dataset.open(str(out))
+    assert not dataset.complete and [round_["first"] for round_ in dataset.info["retries"]] == [5]
+    web.answers[DOWN] = web._down
+    extract(recipe, out, retry_failed=True)
+    assert contents(out) == contents(undisturbed)
+    assert stand_of(out) == (20, 16, {"not_found": 3}, {"filtered_caption_length": 1}, 6)
 
 
 def test_sources_without_single_inputs_say_so(tmp_path: Path) -> None:
