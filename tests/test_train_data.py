@@ -46,13 +46,16 @@ def test_batches_are_the_same_for_loader_processes_threads_and_memory(shards: st
             assert torch.equal(ours.valid(), theirs.valid())
 
 
-def test_all_ranks_together_see_the_stream_whatever_their_number(shards: str) -> None:
-    samples = Samples([shards], PLAIN, seed=1)
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_the_keys_of_every_step_are_the_same_for_any_number_of_ranks_and_workers(shards: str, workers: int) -> None:
+    samples = Samples([shards], _with(workers=workers), seed=1)
+    epoch = len(samples)
     expected = training.positions_of(samples, 24)
+    assert sorted(expected[i] for i in range(epoch)) == sorted(set(expected.values()))  # none lost, none doubled
     for world in (1, 2, 3, 8):
         seen = {}
         for rank in range(world):
-            for batch in samples.batches(Sampler(batch=1, rank=rank, world=world, samples=24)):
+            for batch in samples.batches(Sampler(batch=24 // world, rank=rank, world=world, samples=24)):
                 seen |= {sample.position: sample.key for sample in batch.samples}
         assert seen == expected
 
