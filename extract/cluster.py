@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from extract.config import RunConfig
 from extract.killers import Inquiry
@@ -25,7 +25,7 @@ from shards.errors import UserError
 DEATHS_BEFORE_INQUIRY = 2
 MAX_DEATHS = 20
 ATTEMPTS = 2  # at a unit that ends with a sentence: what stopped it may have passed
-MAX_FAILED_STARTS = 10
+MAX_FAILED_STARTS = 10  # in a row; those of nodes that go away while their workers start are not counted
 POLL_S = 1.0
 POLLED = 16  # workers that are asked for their progress at a time; a question costs the driver a millisecond
 CPU_THREADS, GPU_THREADS = 2, 16  # of a worker, for decoding; the same again for encoding
@@ -245,7 +245,7 @@ class Pool:
         try:
             ray.get(reference)
         except RayActorError as error:
-            self._failed_starts += 1
+            self._failed_starts += not _node_is_gone(error)
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise UserError(
                     f"{self._failed_starts} workers in a row died while they started; try fewer --workers if memory is "
@@ -283,6 +283,11 @@ class Pool:
                     continue  # a worker that has just died: wait() will say so
                 if worker in at_work:
                     self._counts[worker] = counts
+
+
+def _node_is_gone(error: RayActorError) -> bool:
+    """Whether a worker went with its node (Ray tells by its words alone), or is out of reach, and is not to blame."""
+    return isinstance(error, ActorUnavailableError) or "its node has died" in str(error)
 
 
 def _cause(error: RayError) -> str:
