@@ -1,19 +1,20 @@
 """Segment everything with the same SAM 2.1 weights and grid: ours, transformers' pipeline, sam2's own generator.
 
     python -m benchmarks.segment_everything [--images 4] [--points 16] [--size 512] [--threads 2] [--device cuda]
-                                            [--dtype bfloat16] [--sam2 PYTHON]
+                                            [--dtype bfloat16] [--quality 0.8] [--sam2 PYTHON] [--no-pipeline]
 
-Each contender runs in a process of its own: seconds an image (the first is not counted), the most memory of the process,
-on a GPU of the device, and the agreement of its masks with sam2's, or without it with the pipeline's: the mean IoU of each
-of their masks with the best of ours, that of each of ours with the best of theirs, and that of the segments of the painted
-maps. The weights are random (tests/random_sam.py), the configuration is SAM 2.1 tiny; images are renderings of the demo
-world and scikit-image's photographs in turn.
+Each contender runs in a process of its own: seconds an image (the first is not counted), and CPU seconds, which tell more
+on a busy machine; the most memory of the process, on a GPU of the device; and the agreement of its masks with sam2's, or
+without it with the pipeline's: the mean IoU of each of their masks with the best of ours, that of each of ours with the
+best of theirs, and that of the segments of the painted maps. The weights are random (tests/random_sam.py), the
+configuration is SAM 2.1 tiny; images are renderings of the demo world and scikit-image's photographs in turn.
 
 sam2 is no dependency of ours: --sam2 names the Python of an environment that has it (pip install sam2) and what we need.
 --fixture FILE writes sam2's masks of two small images, which tests/test_sam.py compares with ours.
 """
 
 import argparse
+import importlib
 import json
 import re
 import resource
@@ -136,7 +137,7 @@ def sam2(model: Any, options: argparse.Namespace) -> Callable[[np.ndarray], Foun
     return run
 
 
-PASSED_ON = ("images", "points", "size", "encoder", "threads", "device", "dtype")
+PASSED_ON = ("images", "points", "quality", "size", "encoder", "threads", "device", "dtype")
 CONTENDERS = {"ours": ours, "pipeline": pipeline, "sam2": sam2}
 RENAMED = (
     (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
@@ -169,7 +170,7 @@ RENAMED = (
 
 def names_of_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a Sam2Model under sam2's names."""
-    renamed = {}
+    renamed: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         if name == "prompt_encoder.point_embed.weight":
             renamed |= {f"sam_prompt_encoder.point_embeddings.{i}.weight": tensor[i : i + 1] for i in range(4)}
@@ -186,14 +187,17 @@ def names_of_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def child(options: argparse.Namespace) -> None:
     """One contender over all images; writes its masks and figures."""
     torch.set_num_threads(options.threads)
+    # Before transformers looks for it: else .ci/repair_torchvision.py, where torch is for CPUs only, half works.
+    importlib.import_module("torchvision")
     on_gpu = options.device != "cpu"
     run = CONTENDERS[options.only](sam2_tiny(options.encoder), options)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds, masks, qualities = [], [], []
+    seconds, cpu_seconds, masks, qualities = [], [], [], []
     for image in pictures(options.images, options.size):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         found, quality = run(image)
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         masks.append(found)
         qualities.append(quality)
     peak = (
@@ -201,7 +205,13 @@ def child(options: argparse.Namespace) -> None:
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
-    figures = {"seconds": seconds, "loaded_mb": 0 if on_gpu else loaded, "peak_mb": peak, "quality": qualities}
+    figures = {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "loaded_mb": 0 if on_gpu else loaded,
+        "peak_mb": peak,
+        "quality": qualities,
+    }
     save_masks(Path(options.out), masks)
     Path(options.out).with_suffix(".json").write_text(json.dumps(figures))
 
@@ -215,10 +225,7 @@ def write_fixture(path: Path) -> None:
 def start(name: str, python: str, options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The figures and the masks, one array (M, H, W) an image, of a contender run in its own process."""
     out = folder / f"{name}.npz"
-    passed = [
-        f"--{key}={getattr(options, key)}"
-        for key in ("images", "points", "size", "encoder", "threads", "device", "dtype")
-    ]
+    passed = [f"--{key}={getattr(options, key)}" for key in PASSED_ON]
     subprocess.run(
         [python, "-W", "ignore", "-m", "benchmarks.segment_everything", *passed, f"--only={name}", f"--out={out}"],
         check=True,
@@ -229,7 +236,8 @@ def start(name: str, python: str, options: argparse.Namespace, folder: Path) -> 
 
 def save_masks(path: Path, masks: list[np.ndarray]) -> None:
     arrays = {f"masks{i}": np.packbits(one) for i, one in enumerate(masks)}
-    np.savez_compressed(path, **arrays, **{f"shape{i}": np.array(one.shape) for i, one in enumerate(masks)})
+    arrays |= {f"shape{i}": np.array(one.shape) for i, one in enumerate(masks)}
+    np.savez_compressed(str(path), **arrays)  # type: ignore[arg-type]
 
 
 def read_masks(path: Path) -> list[np.ndarray]:
@@ -270,32 +278,25 @@ def painted_iou(mine: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def compare(options: argparse.Namespace) -> Table:
-    names = ["pipeline", "ours"] + (["sam2"] if options.sam2 else [])
+    names = ["pipeline"] * options.pipeline + ["ours"] + ["sam2"] * bool(options.sam2)
     with tempfile.TemporaryDirectory() as folder:
         results = {n: start(n, options.sam2 if n == "sam2" else sys.executable, options, Path(folder)) for n in names}
     reference = "sam2" if options.sam2 else "pipeline"
     table = Table(
         title=f"{options.images} images, shorter side {options.size} px, {options.points} x {options.points} points, "
-        f"{options.dtype} on {options.device} ({options.threads} threads); thresholds {THRESHOLDS}"
+        f"{options.dtype} on {options.device} ({options.threads} threads); {options.settings}"
     )
-    for column in (
-        "",
-        "s an image",
-        "of the pipeline",
-        "peak MB",
-        "above loaded MB",
-        "masks",
-        f"mIoU with {reference}",
-    ):
+    columns = ("", "s an image", "as fast", "CPU s", "as fast", "peak MB", "above loaded MB", "masks")
+    for column in (*columns, f"mIoU with {reference}"):
         table.add_column(column)
-    base = mean_seconds(results["pipeline"][0])
+    base = results[names[0]][0]
     for name in names:
         figures, masks = results[name]
         scores = [agreement(m, t) for m, t in zip(masks, results[reference][1], strict=True)]
         table.add_row(
             name,
-            f"{mean_seconds(figures):.2f}",
-            f"{base / mean_seconds(figures):.2f} x",
+            *timing(figures["seconds"], base["seconds"]),
+            *timing(figures["cpu_seconds"], base["cpu_seconds"]),
             f"{figures['peak_mb']:.0f}",
             f"{figures['peak_mb'] - figures['loaded_mb']:.0f}",
             f"{np.mean([len(m) for m in masks]):.1f}",
@@ -304,20 +305,26 @@ def compare(options: argparse.Namespace) -> Table:
     return table
 
 
-def mean_seconds(figures: dict[str, Any]) -> float:
-    return float(np.mean(figures["seconds"][1:] or figures["seconds"]))
+def timing(seconds: list[float], base: list[float]) -> tuple[str, str]:
+    """The mean without the first, and by how much `base` is slower."""
+    mine, other = (float(np.mean(given[1:] or given)) for given in (seconds, base))
+    return f"{mine:.2f}", f"{other / mine:.2f} x"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--points", type=int, default=16, help="points on a side of the grid")
+    parser.add_argument("--quality", type=float, default=THRESHOLDS["quality"], help="smallest predicted IoU of a mask")
     parser.add_argument("--size", type=int, default=512, help="shorter side of the images")
     parser.add_argument("--encoder", type=int, default=1024, help="pixels on a side that the encoder sees")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sam2", default="", metavar="PYTHON", help="a Python that has sam2 and what we need")
+    parser.add_argument(
+        "--no-pipeline", dest="pipeline", action="store_false", help="without the pipeline: with --sam2"
+    )
     parser.add_argument("--fixture", default="", metavar="FILE", help="only write sam2's masks for tests/test_sam.py")
     parser.add_argument("--only", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--out", default="", help=argparse.SUPPRESS)
@@ -325,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.fixture:
         write_fixture(Path(options.fixture))
         return
-    options.settings = {"points_per_side": options.points, **THRESHOLDS}
+    options.settings = {"points_per_side": options.points, **THRESHOLDS, "quality": options.quality}
     if options.only:
         child(options)
     else:

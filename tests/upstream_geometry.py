@@ -5,7 +5,8 @@
     python -m tests.upstream_geometry moge /tmp/MoGe l 90x120 131x97 168x168
     python -m tests.upstream_geometry metric3d /tmp/Metric3D small 56x84 70x98 100x120 --write
 
---write keeps a grid of the authors' values, and for S the names of all sizes, in tests/fixtures: what the tests compare with.
+--write keeps a grid of the authors' values, and the names of all sizes, in tests/fixtures: what the tests compare with.
+--exact lets MoGe's search for the camera, which stops at a tolerance of 1e-3, go to the end: what is left is the network's.
 What their code imports and does not need here (mmcv, utils3d, matplotlib, ...) is replaced by empty modules.
 """
 
@@ -15,12 +16,14 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import numpy as np
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("size", help="small, large or giant2; s, b or l")
     parser.add_argument("images", nargs="+", help="heights and widths: 56x84 ...")
     parser.add_argument("--write", action="store_true", help="keep the authors' values in tests/fixtures")
+    parser.add_argument("--exact", action="store_true", help="let MoGe's search for the camera go to the end")
     chosen = parser.parse_args()
     sys.path.insert(0, str(chosen.checkout))
     sys.modules.update({name: MagicMock() for name in EMPTY})
@@ -63,12 +67,18 @@ def main() -> None:
         if chosen.network == "metric3d"
         else (moge, moge_names, ("s", "b", "l"))
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), _exact_search() if chosen.exact else nullcontext():
         values = compare(chosen.checkout, chosen.size, [tuple(map(int, image.split("x"))) for image in chosen.images])
         if chosen.write:
             np.savez_compressed(str(FIXTURES / f"{chosen.network}_{chosen.size}.npz"), **values)  # type: ignore[arg-type]
             table = {size: names(chosen.checkout, size) for size in sizes}
             (FIXTURES / f"{chosen.network}_names.json").write_text(json.dumps(table, separators=(",", ":")))
+
+
+def _exact_search() -> Any:
+    search = scipy.optimize.least_squares
+    ends = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15)
+    return patch("scipy.optimize.least_squares", lambda *given, **named: search(*given, **{**named, **ends}))
 
 
 def metric3d(checkout: Path, size: str, images: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
