@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    os.environ["RAY_health_check_period_ms"] = "1000"  # as the files of cluster/ do
+    os.environ |= {"RAY_health_check_period_ms": "1000"}  # as the files of cluster/ do
     import ray
     from ray.cluster_utils import Cluster
 
