@@ -44,33 +44,49 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def published() -> dict[str, Any]:
-    """A checkpoint of S as its authors publish it."""
-    names = read_fixture("moge_names.json")["s"]
+def checkpoint(size: str) -> dict[str, Any]:
+    """A checkpoint as its authors publish it."""
+    names = read_fixture("moge_names.json")[size]
     weights = seeded_weights(unfold_names(names), MOGE_GAINS)
     like_a_camera(weights, MOGE_FOCAL)
     return {"model_config": names["config"], "model": weights}
 
 
 @pytest.fixture(scope="module")
-def estimate(published: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Estimator:
-    folder = tmp_path_factory.mktemp("moge")
+def published() -> dict[str, Any]:
+    return checkpoint("s")
+
+
+def loaded(published: dict[str, Any], folder: Path) -> Estimator:
     torch.save(published, folder / "model.pt")
     return load(device="cpu", dtype="float32", weights=folder, file="model.pt", tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def estimate(published: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Estimator:
+    return loaded(published, tmp_path_factory.mktemp("moge"))
+
+
+@pytest.fixture(scope="module", params=["s", "b"])
+def seeded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Estimator]:
+    size: str = request.param
+    if size == "s":
+        return size, request.getfixturevalue("estimate")
+    return size, loaded(checkpoint(size), tmp_path_factory.mktemp("moge"))
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", ["90x120", "131x97", "168x168"])
-def test_depth_and_normals_are_those_of_its_authors_code(estimate: Estimator, size: str) -> None:
-    with np.load(FIXTURES / "moge_s.npz") as fixture:
-        depth, *normal, mask = fixture[size]
-        focal_px = float(fixture[f"{size}/focal_px"])
+@pytest.mark.parametrize("image", ["90x120", "131x97", "168x168"])
+def test_depth_and_normals_are_those_of_its_authors_code(seeded: tuple[str, Estimator], image: str) -> None:
+    size, estimate = seeded
+    with np.load(FIXTURES / f"moge_{size}.npz") as fixture:
+        depth, *normal, mask = fixture[image]
+        focal_px = float(fixture[f"{image}/focal_px"])
     geometry = mask > 0.5
     assert geometry.sum() > 50 and (~geometry).sum() > 50 and depth[geometry].std() > 0.5, "nothing to compare"
-    maps = estimate([seeded_picture(*map(int, size.split("x")))])[0]
+    maps = estimate([seeded_picture(*map(int, image.split("x")))])[0]
     z = on_grid(torch.from_numpy(maps["depth"].values)[None])[0]
     n = on_grid(torch.from_numpy(maps["normal"].values).permute(2, 0, 1))
     assert (np.isfinite(z) == geometry).all()

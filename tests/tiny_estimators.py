@@ -234,6 +234,32 @@ def tipsv2(folder: Path) -> None:
     save(livelier(Tipsv2DptForDensePrediction(config)), folder, do_normalize=False)
 
 
+@written("sapiens2-normal", resolution={"longer": 64, "multiple": 16})
+def sapiens2(folder: Path) -> None:
+    from transformers import Sapiens2Config, Sapiens2ForNormalEstimation, Sapiens2HeadConfig
+
+    head = Sapiens2HeadConfig(
+        use_pixel_shuffle=True, upsample_out_channels=[16, 16], upsample_kernel_size=3, conv_out_channels=[8]
+    )
+    config = Sapiens2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_attention_heads=1,
+        num_first_full_attention_layers=1,
+        num_last_full_attention_layers=1,
+        image_size=[64, 48],
+        num_register_tokens=2,
+        num_labels=3,
+        head_config=head,
+    )
+    model = livelier(Sapiens2ForNormalEstimation(config))
+    # Towards the camera: between opposite normals, the last digits would decide what is invalid.
+    model.decode_head.predictor.bias.data.copy_(torch.tensor([0.0, 0.0, 6.0]))
+    save(model, folder)
+
+
 @written("marigold-normals", resolution={"longer": 64, "multiple": 8}, steps=2)
 def marigold_normals(folder: Path) -> None:
     marigold(folder, "MarigoldNormalsPipeline")
@@ -309,6 +335,11 @@ def lineart(folder: Path) -> None:
 @written("lineart-annotators", shorter=64)
 def lineart_annotators(folder: Path) -> None:
     torch.save(state_of("lineart"), made(folder) / "sk_model.pth")
+
+
+@written("lineart-coarse", shorter=64)
+def lineart_coarse(folder: Path) -> None:
+    torch.save(state_of("lineart"), made(folder) / "sk_model2.pth")
 
 
 @written("lineart-anime", shorter=64)
