@@ -7,12 +7,13 @@ many images an estimator is given at once is not their affair (extract.batches).
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards.errors import UsageError
 from shards.intrinsics import DEPTH_NEAR_M, IntrinsicMap
@@ -97,6 +98,10 @@ class NetworkEstimator:
     prepare: Callable[[np.ndarray, Size, torch.device], Tensor] | None = None
     alone: bool | None = None
 
+    def networks(self) -> list[nn.Module]:
+        """Those that can be compiled."""
+        return [part for part in vars(self.network).values() if isinstance(part, nn.Module)]
+
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:
         alone = self.device.type == "cpu" if self.alone is None else self.alone
         results: dict[int, dict[str, IntrinsicMap]] = {}
@@ -121,14 +126,20 @@ class NetworkEstimator:
 
 
 class _Copied:
-    """Tensors on their way from the device."""
+    """Tensors on their way from the device, on a stream of their own: what the device computes next does not wait for them."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._event: Any = None
         if any(tensor.is_cuda for tensor in tensors.values()):
-            self._there = {name: _pinned_copy(tensor) for name, tensor in tensors.items()}
-            self._event = torch.cuda.Event()
-            self._event.record()
+            device = next(tensor.device for tensor in tensors.values() if tensor.is_cuda)
+            stream = _copy_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))  # what is copied must be computed
+            with torch.cuda.stream(stream):
+                self._there = {name: _pinned_copy(tensor) for name, tensor in tensors.items()}
+            for tensor in tensors.values():
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)  # its memory must not be used again before
+            self._event = stream.record_event()
         else:
             self._there = tensors
 
@@ -136,6 +147,11 @@ class _Copied:
         if self._event is not None:
             self._event.synchronize()
         return {name: tensor.numpy() for name, tensor in self._there.items()}
+
+
+@cache
+def _copy_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
@@ -150,9 +166,16 @@ def buckets(images: Sequence[np.ndarray], resolution: Callable[[Size], Size]) ->
     return list(found.values())
 
 
+def uploaded(image: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1] on the device; nobody waits for a copy to a GPU."""
+    x = torch.from_numpy(np.ascontiguousarray(image))
+    x = x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.permute(2, 0, 1).float() / 255
+
+
 def to_network(image: np.ndarray, size: Size, device: torch.device) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, h, w) in [0, 1] on the device; bicubic, antialiased where it shrinks."""
-    x = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1).float() / 255
+    x = uploaded(image, device)
     if x.shape[1:] == size:
         return x
     return F.interpolate(x[None], size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extract.estimators import Estimator
-from extract.estimators.batching import NetworkEstimator, Size, metric_depth, normalised, unit_normals
+from extract.estimators.batching import NetworkEstimator, Size, metric_depth, normalised, unit_normals, uploaded
 from extract.estimators.checkpoints import load_strictly, read_weights
 from extract.estimators.metric3d_net import FAR_M, SIZES, Metric3DNet, Prediction, from_published
 from shards.errors import UsageError
@@ -96,7 +96,7 @@ class Canvas:
         filled[:] = FILL
         part = self._part(size, (height, width))
         filled[part] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        return torch.from_numpy(filled).to(device).permute(2, 0, 1).float() / 255
+        return uploaded(filled, device)
 
     def back(self, x: Tensor, size: Size) -> Tensor:
         """Maps (C, h, w) of the network's input -> (C, H, W) of the image."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extract.estimators import Estimator
-from extract.estimators.batching import NetworkEstimator, Size, metric_depth, unit_normals
+from extract.estimators.batching import NetworkEstimator, Size, metric_depth, unit_normals, uploaded
 from extract.estimators.checkpoints import load_strictly, read_weights
 from extract.estimators.dinov2 import PATCH_PX
 from extract.estimators.moge_net import MoGeConfig, MoGeNet, RawMaps, from_published, view_plane
@@ -94,7 +94,7 @@ def working_size(size: Size, tokens: int) -> Size:
 
 def prepare(image: np.ndarray, size: Size, device: torch.device) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, h, w) in [0, 1]: resized as its authors do."""
-    x = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float() / 255
+    x = uploaded(image, device)[None]
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 

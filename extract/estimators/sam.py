@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from extract.estimators import Estimator
-from extract.estimators.batching import IMAGENET_MEAN, IMAGENET_STD
+from extract.estimators.batching import IMAGENET_MEAN, IMAGENET_STD, uploaded
 from extract.estimators.checkpoints import unreadable
 from extract.estimators.mask_decoder import GridDecoder, ImageFeatures
 from extract.estimators.mask_generator import Frame, MaskGenerator, Masks, MaskSettings, paint
@@ -88,7 +88,7 @@ class SquareEncoder:
     def pixels(self, image: np.ndarray, frame: Frame) -> Tensor:
         """uint8 (H, W, 3) -> (1, 3, side, side), normalised, zeros in the padding."""
         place = self.decoder.place
-        x = torch.from_numpy(np.ascontiguousarray(image)).to(place.device).permute(2, 0, 1)[None].float() / 255
+        x = uploaded(image, place.device)[None]
         x = F.interpolate(x, (frame.rows, frame.columns), mode="bilinear", antialias=True)
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         x = (x - mean) / std
@@ -101,6 +101,11 @@ class SamEstimator:
 
     generator: MaskGenerator
     together: int
+
+    def networks(self) -> list[nn.Module]:
+        """Those that can be compiled: the encoder."""
+        encoder: Any = self.generator.encoder
+        return [encoder.model.vision_encoder]
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:
         step = self.together or max(1, len(images))

@@ -33,7 +33,8 @@ class Row:
     names, with blanks between, by which a folder of one's own is recognised. resolution: the size at which it works, in
     words; the numbers are in the settings. batch: the most images at a time; fewer where memory is short (extract.batches).
     params_m: millions of parameters. image_mb: the memory that one more image of a batch takes, about, in bfloat16 at that
-    resolution. origin: the .toml of a row that is not the table's.
+    resolution. compile: whether torch compiles the networks (extract.estimators.compiled). origin: the .toml of a row that
+    is not the table's.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Row:
     batch: int = 8
     params_m: float = 0.0
     image_mb: int = 0
+    compile: bool = False
     origin: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -220,4 +222,6 @@ def load(row: Row, device: str, dtype: str = "float32") -> Estimator:
     module, function = row.load.split(":")
     make = getattr(importlib.import_module(module), function)
     estimator: Estimator = make(device=device, dtype=dtype, weights=folder_of(row), **row.settings)
+    if row.compile:
+        importlib.import_module("extract.estimators.compiled").compile_networks(estimator, row.name)
     return estimator
