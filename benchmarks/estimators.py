@@ -93,7 +93,7 @@ def main() -> None:
             forward = forward_pass(estimator, [image] * BATCHES[-1])
             limit = BATCHES[-1] / seconds(forward, given.device, given.seconds)
             table.add_row(name, kind, *(f"{rate:.1f}" for rate in rates), f"{limit:.1f}", f"{max(rates) / limit:.2f}")
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
