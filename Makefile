@@ -33,8 +33,8 @@ extract: setup  ## DATA -> shards with depth, normals, segmentation and line dra
 train: setup    ## shards -> intrinsic VAE -> LoRA
 	@$(BIN)/python -m train both --shards $(SHARDS) $(ARGS)
 
-sample: setup   ## PROMPT -> an image and its four intrinsics
-	@$(BIN)/python -m infer sample $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
+sample: setup   ## PROMPT -> an image and its four intrinsics, by runs/demo if `make train` made it
+	@$(BIN)/python -m infer sample $(if $(wildcard runs/demo/manifest.json),--run runs/demo) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
 test: setup     ## all tests, in two processes of one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -234,15 +234,13 @@ def test_what_is_wrong_is_said_in_a_sentence(models, tmp_path, arguments, messag
     assert "\n" not in str(caught.value)
 
 
-def test_the_embedded_base_is_missing_in_one_sentence_with_exit_status(tmp_path):
-    from infer.shipped import EMBEDDED
-
-    if (EMBEDDED / "demo" / "base").is_dir():
-        pytest.skip("this version ships the embedded base")
-    command = [sys.executable, "-m", "infer", "sample", "--prompt", "", "--out", str(tmp_path)]  # as `make sample`
+def test_the_embedded_base_and_run_draw_without_network_and_without_options(tmp_path):
+    command = [sys.executable, "-m", "infer", "sample", "--steps", "4", "--out", str(tmp_path)]  # as `make sample`
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: no embedded base is shipped") and result.stderr.count("\n") == 1
+    assert result.returncode == 0, result.stderr
+    (described,) = tmp_path.glob("*.json")
+    maps = read_given(described.with_suffix(""))
+    assert set(maps) == set(INTRINSICS) and maps["depth"].values.shape == (64, 64)
 
 
 def test_the_schedule_command_prints_and_draws(tmp_path):

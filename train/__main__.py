@@ -41,7 +41,7 @@ def estimator(
 def base(
     shards: Annotated[str, typer.Option(help="Shards of `train scenes`.")] = "runs/truth",
     out: Annotated[Path, typer.Option(help="Where checkpoints and the finished pipeline go.")] = Path("runs/base"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 20_000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 1_600,
     debug: cli.DebugOption = False,
 ) -> None:
     """Trains the embedded base on the demo world: a Stable Diffusion pipeline of 64 px.

@@ -1,4 +1,4 @@
-"""Trains the embedded base on the demo world: first its VAE, then text to image. A draft: no weights are shipped yet.
+"""Trains the embedded base on the demo world: first its VAE, then text to image. Its result ships as infer/embedded/demo/base.
 
     python -m train scenes --out runs/truth --count 24000
     python -m train base --shards runs/truth --out runs/base
@@ -50,11 +50,11 @@ class BaseTraining:
     out: Path = Path("runs/base")
     seed: int = 0
     held_out: int = 256
-    vae_steps: int = 8_000
+    vae_steps: int = 5_000
     vae_batch: int = 4
     vae_rate: float = 2e-3
     kl: float = 1e-6
-    steps: int = 20_000
+    steps: int = 1_600
     batch: int = 32
     rate: float = 4e-4
     dropout: float = 0.1
