@@ -328,7 +328,8 @@ class Dispatcher:
 
     def work(self, first: Job) -> None:
         """Does `first` and all jobs. Raises UserError with a sentence where a unit cannot be done."""
-        self._again = [first]
+        second = next(self.jobs, None)  # asked for before any worker starts: one unit needs one worker
+        self._again, self._exhausted = ([first], True) if second is None else ([second, first], False)
         while self._again or self.pool.busy or not self._exhausted:
             self._look_for_nodes()
             self.pool.start(self.pool.size if not self._exhausted else self.pool.busy + len(self._again))

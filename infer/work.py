@@ -11,12 +11,9 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import ray
 import torch
 import transformers
-from ray.exceptions import RayTaskError
 
-from extract.cluster import connected
 from infer.condition import Given
 from infer.outputs import extra_files, maker, read_given, read_image, sample_members
 from infer.sampler import CoGenerator
@@ -187,6 +184,11 @@ def paint_all(
         for part in batches:
             yield from painter.paint(part)
         return
+    import ray  # which one process does not need
+    from ray.exceptions import RayTaskError
+
+    from extract.cluster import connected
+
     on_gpu = (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     with connected(address, workers):
         actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=3, max_task_retries=3)(Painter)
@@ -202,6 +204,8 @@ def paint_all(
 
 def _in_order(painters: list[Any], batches: list[Sequence[Job]]) -> Iterator[Painted]:
     """Two batches in flight for each painter, given to whoever has least to do; results in the order of the batches."""
+    import ray
+
     waiting: deque[tuple[Any, int]] = deque()
     load = [0] * len(painters)
     todo = deque(batches)
