@@ -6,12 +6,15 @@
         state = loader.state_dict()  # of the batches handed out, not of those that workers fetched ahead
 
 torch sends every tensor of a batch in a shared memory of its own, and asks for each over a socket of its own: for the five
-tensors of a sample that costs as much as decoding two of them. Here a batch is one block of shared memory.
+tensors of a sample that costs as much as decoding two of them. Here a batch is one block of shared memory, and a worker uses
+a block again once its batch is gone: fresh pages cost ten times the copying.
 """
 
+import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -24,6 +27,28 @@ from shards.order import Sampler
 from shards.stream import Stream
 
 _ALIGNED = 64  # bytes
+_ROUNDED = 1 << 20  # bytes; batches of about one size then fit each other's blocks
+_SPARE = 4  # blocks without a batch that a worker keeps
+
+
+@dataclass
+class Blocks:
+    """The shared memory of one worker. The first byte of a block is 1 as long as its batch is on its way or in use."""
+
+    mine: list[Tensor] = field(default_factory=list)
+
+    def take(self, size: int) -> Tensor:
+        """A block of at least `size` bytes, uint8 (N,): one whose batch is gone, or a new one."""
+        spare = [block for block in self.mine if not block[0]]
+        chosen = next((block for block in spare if len(block) >= size), None)
+        surplus = {id(block) for block in spare[:-_SPARE] if block is not chosen}
+        self.mine = [block for block in self.mine if id(block) not in surplus]
+        if chosen is None:
+            whole = size + -size % _ROUNDED
+            chosen = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(whole))
+            self.mine.append(chosen)
+        chosen[0] = 1
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -35,26 +60,42 @@ class Block:
     data: Tensor
 
     @classmethod
-    def of(cls, batch: Any) -> "Block":
+    def of(cls, batch: Any, blocks: Blocks) -> "Block":
         """Any structure that pickle knows, with numpy arrays and torch tensors (on the CPU) in it."""
         buffers: list[pickle.PickleBuffer] = []
         file = BytesIO()
         _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(batch)
-        places, end = [], 0
+        places, end = [], _ALIGNED
         for buffer in buffers:
             size = buffer.raw().nbytes
             places.append((end, end + size))
             end += size + -size % _ALIGNED
-        data = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(end, 1)))
+        data = blocks.take(end)
         view = data.numpy()
         for (start, stop), buffer in zip(places, buffers, strict=True):
             view[start:stop] = np.frombuffer(buffer.raw(), np.uint8)
         return cls(file.getvalue(), places, data)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arrived, (self.head, self.places, self.data)
+
+
+class Arrived:
+    """A block in the process that asked for it. Its worker may use it again as soon as nothing refers to its bytes."""
+
+    def __init__(self, head: bytes, places: list[tuple[int, int]], data: Tensor) -> None:
+        self._head, self._places, self._bytes = head, places, data.numpy()
+        weakref.finalize(self._bytes, _release, data[:1].numpy(), os.getpid()).atexit = False
+
     def open(self) -> Any:
-        """The batch. Its arrays and tensors are views of the block, which lives as long as any of them."""
-        view = self.data.numpy().data
-        return pickle.loads(self.head, buffers=[view[start:stop] for start, stop in self.places])
+        """The batch. Its arrays and tensors are views of the block."""
+        view = self._bytes.data
+        return pickle.loads(self._head, buffers=[view[start:stop] for start, stop in self._places])
+
+
+def _release(in_use: np.ndarray, process: int) -> None:
+    if os.getpid() == process:  # a fork of it has views of its own, and the block is not its to give back
+        in_use[0] = 0
 
 
 class _Pickler(pickle.Pickler):
@@ -74,9 +115,10 @@ class _Packed:
     """A collate function whose result travels as a block."""
 
     collate: Callable[[list[Any]], Any]
+    blocks: Blocks = field(default_factory=Blocks)  # each worker, forked or started, goes on with its own copy
 
     def __call__(self, items: list[Any]) -> Block:
-        return Block.of(self.collate(items))
+        return Block.of(self.collate(items), self.blocks)
 
 
 class StreamLoader(DataLoader):

@@ -1,5 +1,6 @@
 """Conditions, buckets, the local cache and a loader's state, on small datasets on a disk and in an object store."""
 
+import multiprocessing
 import threading
 from collections import Counter
 from itertools import islice
@@ -17,7 +18,7 @@ from shards.dataset import Dataset, add_counts, write_info
 from shards.errors import UsageError, UserError
 from shards.geometry import fit
 from shards.intrinsics import encode_png
-from shards.loader import StreamLoader
+from shards.loader import Arrived, Block, Blocks, StreamLoader
 from shards.local_cache import LocalCache
 from shards.order import Sampler
 from shards.sample import encode_meta, member_names
@@ -227,6 +228,49 @@ def test_batches_of_workers_are_those_of_the_process_itself_and_outlive_their_lo
             for name in ("image", "bf16", "turned", "none"):
                 assert item[name].dtype == expected[name].dtype and torch.equal(item[name], expected[name])
             item["image"] += 1  # it is the receiver's own
+
+
+def test_a_batch_that_is_held_stays_as_it_is_while_its_worker_uses_the_blocks_of_others_again(url: str) -> None:
+    def batches(workers: int) -> Any:
+        stream = Stream([url], intrinsics=(), transform=as_tensors)
+        return StreamLoader(stream, Sampler(batch=2, samples=80), num_workers=workers)
+
+    held: list[tuple[Any, Any]] = []
+    for number, (batch, wanted) in enumerate(zip(batches(1), batches(0), strict=True)):
+        if number % 7 == 0:
+            held += [(batch[0]["image"][1:], wanted[0]["image"][1:]), (batch[1]["array"], wanted[1]["array"])]
+        del batch
+        assert all(np.array_equal(mine, theirs) for mine, theirs in held)
+    assert len(held) == 12
+
+
+def test_a_worker_takes_a_block_again_once_its_batch_is_gone_and_keeps_few_without_one() -> None:
+    blocks = Blocks()
+    batches = [Block.of({"a": np.full(100, i)}, blocks) for i in range(10)]
+    assert len({batch.data.data_ptr() for batch in batches}) == 10
+    head, places, data = batches[3].head, batches[3].places, batches[3].data
+    arrived = Arrived(head, places, data)
+    array = arrived.open()["a"][::2]
+    del arrived
+    other = Block.of({"a": np.zeros(3)}, blocks)
+    assert other.data.data_ptr() not in {batch.data.data_ptr() for batch in batches} and (array == 3).all()
+    del array
+    assert Block.of({"a": np.zeros(3)}, blocks).data.data_ptr() == data.data_ptr()
+    for batch in batches:
+        batch.data[0] = 0
+    assert Block.of({"a": np.zeros(3 << 20)}, blocks).data.nbytes >= 24 << 20  # none of the ten is large enough
+    assert sum(not block[0] for block in blocks.mine) == 4
+
+
+def test_a_fork_of_the_receiver_does_not_give_blocks_back() -> None:
+    block = Block.of({"a": np.ones(3)}, Blocks())
+    arrived = Arrived(block.head, block.places, block.data)
+    child = multiprocessing.get_context("fork").Process(target=arrived.__init__, args=(b"", [], block.data))
+    child.start()  # there, the bytes that `arrived` held are let go
+    child.join()
+    assert child.exitcode == 0 and block.data[0] == 1
+    del arrived
+    assert block.data[0] == 0
 
 
 # ---- object stores and the local cache -------------------------------------------------------------------------------

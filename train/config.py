@@ -120,9 +120,11 @@ class VaeConfig:
     depth, normal, segmentation, line: weights of the reconstruction terms. missing: the weight of the loss on an intrinsic
     that was zeroed in the input (0: none is asked for). kl: weight of the KL term, against the base's own latent scale.
     lpips: weight of the perceptual term; 0 leaves it out (it needs the package lpips).
+    start: the folder of an intrinsic VAE to begin with; "" begins with the base's own, widened.
     """
 
     loop: LoopConfig
+    start: str = ""
     drop: float = 0.1
     depth: float = 1.0
     normal: float = 1.0

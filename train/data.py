@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from shards.errors import UsageError
 from shards.geometry import square
 from shards.intrinsics import INTRINSICS, IntrinsicMap
+from shards.loader import StreamLoader
 from shards.order import Sampler
 from shards.packing import CHANNELS, SLICES, DepthRange, depth_range, pack, valid_mask
 from shards.select import KEY_SHARE, image_size
@@ -74,7 +74,7 @@ class Batch:
         return torch.stack([sample.image for sample in self.samples]).float() / 127.5 - 1
 
     def packed(self) -> Tensor:
-        return torch.stack([sample.packed for sample in self.samples]).float()
+        return torch.stack([sample.packed.float() for sample in self.samples])  # autocast on the CPU stacks no float16
 
     def valid(self) -> Tensor:
         return torch.stack([sample.valid for sample in self.samples])
@@ -253,14 +253,8 @@ class Samples:
     def batches(self, sampler: Sampler) -> Iterator[Batch]:
         """The batches of one rank from sampler.consumed on, made ahead by a thread or by loader processes."""
         if self.config.workers and not self.in_memory:
-            loader: Any = DataLoader(
-                self,  # type: ignore[arg-type]
-                batch_sampler=sampler,
-                num_workers=self.config.workers,
-                collate_fn=list,
-                prefetch_factor=AHEAD,
-            )
-            yield from map(Batch, loader)
+            own = dataclasses.replace(sampler)  # the loader counts what it hands out, training what it has learned from
+            yield from map(Batch, StreamLoader(self, own, num_workers=self.config.workers, prefetch_factor=AHEAD))
             return
         with ThreadPoolExecutor(1) as pool:
             ahead = []

@@ -168,7 +168,7 @@ def train_vae(config: TrainConfig) -> Outcome:
     samples = Samples(config.shards, config.data, config.seed, str(config.folder / "training" / "selection"))
     held = samples.held_out()
     base_vae = pipeline.vae.to(device).eval()
-    vae = base_vae if base_vae.config.in_channels == CHANNELS else widen(base_vae)
+    vae = widen(base_vae) if not config.vae.start else intrinsic_vae(Path(config.vae.start), like=base_vae)
     with torch.no_grad():
         images = Batch([one.sample for one in held[:16]]).image()
         image_std = float(encode(base_vae, images).std())
@@ -205,7 +205,24 @@ def trained_vae(config: TrainConfig) -> AutoencoderKL:
     folder = config.folder / RESULT
     if not (folder / "config.json").exists():
         raise UserError(f"{config.out} has no finished intrinsic VAE; train it first with `python -m train vae`")
+    return intrinsic_vae(folder)
+
+
+def intrinsic_vae(folder: Path, like: AutoencoderKL | None = None) -> AutoencoderKL:
+    """The intrinsic VAE in a diffusers folder, in float32.
+
+    like: a base's VAE whose latents it must share. Raises UserError when it cannot be loaded or is of another shape.
+    """
     try:
-        return AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from error
+    if vae.config["in_channels"] != CHANNELS:
+        raise UserError(f"{folder} reads {vae.config['in_channels']} channels; an intrinsic VAE reads {CHANNELS}")
+    if like is not None:
+        theirs: Any = like.config
+        for name in ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels"):
+            mine, wanted = vae.config.get(name), theirs.get(name)
+            if mine != wanted:
+                raise UserError(f"{folder} is no intrinsic VAE of this base: its {name} is {mine}, the base's {wanted}")
+    return vae.float()
