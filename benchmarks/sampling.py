@@ -55,6 +55,13 @@ UNETS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 64,
         "use_linear_projection": True,
     },
+    "mid": {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 512, 512),
+        "attention_head_dim": (2, 4, 8, 8),
+        "cross_attention_dim": 512,
+        "use_linear_projection": True,
+    },
     "full": {
         "sample_size": 96,
         "block_out_channels": (320, 640, 1280, 1280),
@@ -79,6 +86,7 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 VAES: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": (32, 32, 32, 32), "sample_size": 256},
+    "mid": {"block_out_channels": (48, 96, 192, 192), "layers_per_block": 2, "norm_num_groups": 16, "sample_size": 256},
     "full": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768},
     "sdxl": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024},
 }

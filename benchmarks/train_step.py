@@ -1,14 +1,16 @@
 """A training step of stage 2 beside diffusers' own text-to-image LoRA step: time and peak memory, in one run.
 
-    python -m benchmarks.train_step                                  mid-size network, CPU, a minute or two
+    python -m benchmarks.train_step                                  mid-size network, CPU, two to five minutes
     python -m benchmarks.train_step --size full --device cuda --dtype bfloat16 --pixels 512 --batch 8
 
-Both steps have the same base (random weights), batch, precision, optimiser and LoRA rank. diffusers' step is written here
-plainly, as its example train_text_to_image_lora.py does it: the VAE encodes the images, the text encoder the captions, one
-stream is denoised, a peft LoRA on the attention learns. Ours encodes images and intrinsics, denoises both streams, and
-learns from both. "cached" is ours with latents and text remembered, as `python -m train cache` gives them.
-Every row runs in a process of its own, so that its peak memory is its own. Goals: <= 2.4x without caches, <= 2.0x with,
-peak memory <= 2.0x.
+Both steps have the same base (random weights), batch, precision, optimiser, LoRA rank, and learn from the same pictures and
+captions. diffusers' step is written here plainly, as its example train_text_to_image_lora.py does it: the VAE encodes the
+images, the text encoder the captions, one stream is denoised, a peft LoRA on the attention learns. Ours encodes images and
+intrinsics, denoises both streams, and learns from both. "cached" is ours with latents and text remembered, as `python -m
+train cache` gives them; diffusers' own always encodes.
+Every row runs in a process of its own, so that its peak memory is its own (on the CPU the process's peak resident size, with
+imports and models). The floating-point operations of one step, counted in a further step, say what a ratio can be; CPU time
+says more than wall time on a machine that is busy. Goals: <= 2.4x without caches, <= 2.0x with, peak memory <= 2.0x.
 """
 
 import json
@@ -17,7 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Annotated, Any
 
 import torch
@@ -27,6 +29,7 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig as PeftConfig
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.sampling import UNETS, build
@@ -38,7 +41,7 @@ from train.lora import make_task
 
 RANK, TOKENS = 32, 77
 MODES = ("diffusers", "ours", "ours, cached")
-TEXT_LAYERS = {"tiny": 2, "full": 23}
+TEXT_LAYERS = {"tiny": 2, "mid": 6, "full": 23}
 
 
 def make_base(size: str, device: str, dtype: torch.dtype) -> Any:
@@ -134,27 +137,35 @@ def our_step(pipeline: Any, batch: Batch, device: str, dtype: torch.dtype, cache
 
 
 def measure(mode: str, size: str, batch: int, pixels: int, steps: int, device: str, dtype: torch.dtype) -> dict:
-    """Median seconds of a step after two to warm up, and the process's peak memory in GiB."""
+    """Median seconds (wall and CPU) of a step after two to warm up, its FLOP, and the process's peak memory in GiB."""
     pipeline, data = make_base(size, device, dtype), make_batch(batch, pixels)
     if mode == "diffusers":
         step = diffusers_step(pipeline, data, device, dtype)
     else:
         step = our_step(pipeline, data, device, dtype, cached="cached" in mode)
-    times = []
+    walls, cpus = [], []
     for _ in range(2 + steps):
-        begin = perf_counter()
+        wall, cpu = perf_counter(), process_time()
         step()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(perf_counter() - begin)
+        walls.append(perf_counter() - wall)
+        cpus.append(process_time() - cpu)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF)[2]
-    return {"seconds": statistics.median(times[2:]), "gib": peak / 2**30}
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return {
+        "seconds": statistics.median(walls[2:]),
+        "cpu": statistics.median(cpus[2:]),
+        "tflop": counter.get_total_flops() / 1e12,
+        "gib": peak / 2**30,
+    }
 
 
 def main(
-    size: Annotated[str, typer.Option(help="tiny or full (SD 2.1's own configuration).")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, mid, or full (SD 2.1's own configuration).")] = "mid",
     batch: Annotated[int, typer.Option(help="Images of a step.")] = 4,
-    pixels: Annotated[int, typer.Option(help="Side of the images.")] = 128,
+    pixels: Annotated[int, typer.Option(help="Side of the images.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps to time, after two to warm up.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -165,15 +176,15 @@ def main(
         print(json.dumps(measure(mode, size, batch, pixels, steps, device, getattr(torch, dtype))))
         return
     table = Table(title=f"One training step, {size}, batch {batch}, {pixels} px, {dtype}, {device}")
-    for column in ("step", "seconds", "ratio", "peak GiB", "ratio"):
+    for column in ("step", "seconds", "ratio", "CPU s", "ratio", "TFLOP", "ratio", "peak GiB", "ratio"):
         table.add_column(column, justify="left" if column == "step" else "right")
     first: dict[str, float] = {}
     for name in MODES:
         command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--mode", name]
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
         first = first or found
-        ratios = [f"{found[key] / first[key]:.2f}" for key in ("seconds", "gib")]
-        table.add_row(name, f"{found['seconds']:.3f}", ratios[0], f"{found['gib']:.2f}", ratios[1])
+        figures = [f"{number:.2f}" for key in found for number in (found[key], found[key] / first[key])]
+        table.add_row(name, *figures)
     Console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import signal
 from importlib import resources
@@ -24,6 +25,7 @@ from train.cache_shard import CacheConfig, Models, all_members, cache_shard
 from train.checkpoint import Checkpoint, Checkpoints
 from train.config import load_train_config, recipe_names
 from train.data import Batch, Samples, generator_of
+from train.log import held_out_figures
 from train.lora import DRAWS, draw, load_task, train_lora
 from train.vae import save_result, train_vae
 
@@ -110,6 +112,31 @@ def test_two_processes_train_the_lora_as_one_does(shards: str, trained: Path, tm
     one, two = _final(tmp_path / "one", "lora"), _final(tmp_path / "two", "lora")
     for slot, value in one.optimiser.items():
         torch.testing.assert_close(two.optimiser[slot], value, rtol=1e-4, atol=1e-7)
+
+
+def test_stage_one_goes_on_from_an_intrinsic_vae_and_refuses_one_of_another_shape(
+    shards: str, trained: Path, tmp_path: Path
+) -> None:
+    base = tiny_text.models("sd21")[0]
+    again = train_vae(config_of(shards, base, tmp_path / "a", f"vae.start={trained}/vae", "vae.loop.steps=1"))
+    assert again.first["loss"] == pytest.approx(held_out_figures(trained / "training" / "vae")[-1]["loss"], rel=1e-5)
+    with pytest.raises(UserError, match="reads 3 channels; an intrinsic VAE reads 8"):
+        train_vae(config_of(shards, base, tmp_path / "b", f"vae.start={base}/vae"))
+    shutil.copytree(trained / "vae", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 3.0}))
+    with pytest.raises(UserError, match=r"no intrinsic VAE of this base: its scaling_factor is 3\.0"):
+        train_vae(config_of(shards, base, tmp_path / "c", f"vae.start={tmp_path}/other"))
+
+
+def test_both_stages_train_in_bf16_on_the_cpu(shards: str, trained: Path, tmp_path: Path) -> None:
+    steps = ("vae.loop.steps=1", "lora.loop.steps=1", "vae.loop.channels_last=true")
+    settings = (*steps, "vae.loop.precision=bf16", "lora.loop.precision=bf16")
+    config = config_of(shards, tiny_text.models("sd21")[0], tmp_path / "run", *settings)
+    assert train_vae(config).finished and train_lora(config).finished
+    for stage in ("vae", "lora"):
+        bf16, float32 = (held_out_figures(run / "training" / stage)[0] for run in (tmp_path / "run", trained))
+        assert bf16["loss"] == pytest.approx(float32["loss"], rel=0.05)  # before the first step: the same weights
 
 
 # ---- eq. 5 -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""Options of training that are off by default: what they do, and what they say where their package is missing."""
+
+import functools
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from tests import tiny_text, training
+from tests.training import Averages, config_of, run_averages
+from train.checkpoint import Checkpoints
+from train.vae import perceptual, train_vae
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return training.write_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+class Distance(nn.Module):
+    """In LPIPS' place: the mean absolute difference of two pictures of three channels."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        assert a.shape == b.shape and a.shape[1] == 3
+        return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_the_perceptual_term_sees_each_intrinsic_as_a_picture_and_counts_them_alike() -> None:
+    x, made = torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 4, 4)
+    made[0, 0], made[1, 1:4], made[1, 7] = 1.0, 0.5, 0.25  # depth; normals and lines
+    assert perceptual(Distance(), made, x).tolist() == pytest.approx([0.25, (0.5 + 0.25) / 4])
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"),
+    [("lpips=0.5", "lpips"), ("loop.wandb=true", "wandb"), ("loop.optimiser=adamw8bit", "bitsandbytes")],
+)
+def test_an_option_without_its_package_is_said_in_a_sentence(
+    setting: str, package: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(UserError, match=f"needs the package {package}: install it, or"):
+        train_vae(config_of(shards, tiny_text.models("sd21")[0], tmp_path, f"vae.{setting}"))
+
+
+def test_wandb_is_told_every_figure_and_goes_on_with_the_same_run(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+    told: list[tuple[int, dict[str, float]]] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            told.append((step, values))
+
+        def finish(self) -> None:
+            told.append((-1, {}))
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: begun.append(options) or Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in (2, 4):
+        run_averages(shards, tmp_path / "run", Averages(), wandb=True, steps=steps, log_every=1)
+    steps = [step for step, values in told if "train/loss" in values]
+    assert steps == [1, 2, 3, 4] and [step for step, _ in told].count(-1) == 2
+    assert begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
+
+
+def test_a_compiled_stage_learns_what_it_learns_otherwise(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=as_it_is))  # traced, not translated
+    found = {}
+    for name in ("plain", "compiled"):
+        compiled = f"vae.loop.compile={str(name == 'compiled').lower()}"
+        train_vae(config_of(shards, tiny_text.models("sd21")[0], tmp_path / name, "vae.loop.steps=1", compiled))
+        assert bool(graphs) == (name == "compiled")
+        found[name] = Checkpoints(tmp_path / name / "training" / "vae" / "checkpoints", 2).load()
+    plain, traced = found["plain"], found["compiled"]
+    assert plain is not None and traced is not None and plain.weights.keys() == traced.weights.keys()
+    for name, weights in plain.weights.items():
+        torch.testing.assert_close(traced.weights[name], weights, rtol=1e-4, atol=1e-5)
