@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from extract.world import compose, render
-from extract.world.vocabulary import RELATIONS
+from extract.world.vocabulary import COLOURS, RELATIONS, SHAPES
 from infer.evaluation.detector import COLOUR_CLASSES, PLACES, SHAPE_CLASSES, Seen, load_detector
 from infer.evaluation.grammar import is_caption, parse
-from infer.evaluation.layout import Found, contact, find_objects, holds, judge
+from infer.evaluation.layout import SHAPE, Found, contact, find_objects, holds, judge
 from infer.evaluation.plausibility import plausibility
 from infer.evaluation.shapes import Detector, load_shapes
 from shards.errors import UserError
@@ -41,10 +41,18 @@ def test_other_texts_are_no_captions(text):
 # ---- pictures made of boxes ------------------------------------------------------------------------------------------
 
 
-def box(top: int, left: int, bottom: int, right: int, shape: str, colour: str, depth_m: float) -> Found:
+def box(
+    top: int, left: int, bottom: int, right: int, shape: str, colour: str, depth_m: float, sure: float = 0.9
+) -> Found:
+    """A thing whose shape is as `sure`, and a tree otherwise; its colour is certain."""
     mask = np.zeros((SIDE, SIDE), bool)
     mask[top:bottom, left:right] = True
-    return Found(shape, colour, mask, 0.9, depth_m)
+    shapes = sure * one_of(SHAPES, shape) + (1 - sure) * one_of(SHAPES, "tree")
+    return Found(mask, shapes, one_of(tuple(COLOURS), colour), depth_m)
+
+
+def one_of(names: tuple[str, ...], name: str) -> np.ndarray:
+    return np.array([float(one == name) for one in names], np.float32)
 
 
 def picture(*things: Found, floor_from: int = 8) -> Seen:
@@ -56,9 +64,7 @@ def picture(*things: Found, floor_from: int = 8) -> Seen:
     colour[0] = 1
     for one in things:
         shape[:, one.mask], colour[:, one.mask] = 0, 0
-        shape[SHAPE_CLASSES.index(one.shape), one.mask] = one.sure
-        shape[SHAPE_CLASSES.index("tree"), one.mask] += 1 - one.sure
-        colour[COLOUR_CLASSES.index(one.colour), one.mask] = 1
+        shape[len(PLACES) :, one.mask], colour[1:, one.mask] = one.shapes[:, None], one.colours[:, None]
         depth[one.mask] = one.depth_m
     return Seen(shape, colour, depth, np.zeros(4, np.float32))
 
@@ -115,6 +121,15 @@ def test_a_caption_is_judged_by_objects_colours_number_and_relation():
     assert not judge(caption, []).colours
 
 
+def test_a_name_is_granted_to_what_may_be_it_but_one_thing_is_never_two():
+    likely = box(16, 4, 24, 12, "cube", "blue", 4.0, sure=2 * SHAPE)
+    unlikely = box(16, 4, 24, 12, "cube", "blue", 4.0, sure=SHAPE / 2)
+    assert judge(parse("a blue cube"), [likely]).objects and not judge(parse("a blue cube"), [unlikely]).objects
+    both = parse("a blue cube and a blue tree")
+    assert not judge(both, [likely]).objects
+    assert judge(both, [likely, box(16, 20, 24, 28, "tree", "blue", 4.0)]).objects
+
+
 def test_plausible_is_what_stands_once_whole_and_in_order():
     def checks(*things: Found, depth: np.ndarray | None = None) -> dict[str, float]:
         seen = picture(*things)
@@ -130,7 +145,7 @@ def test_plausible_is_what_stands_once_whole_and_in_order():
     wrong = np.where(CUBE.mask, np.float32(9), np.float32(4))
     assert checks(CUBE, BEHIND_CUBE, depth=wrong)["order"] == 0
     assert checks(CUBE, box(16, 20, 24, 28, "cube", "blue", 4.0))["single"] == 0
-    unsure = Found("cube", "blue", CUBE.mask, 0.45, 4.0)
+    unsure = box(16, 4, 24, 12, "cube", "blue", 4.0, sure=0.45)
     assert checks(unsure)["whole"] == 1 and checks(unsure)["single"] == 1  # then it is a tree, and surely one
     assert np.isnan(checks()["rests"])
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from extract.world import compose
 from shards.verify import verify
-from train.base import BaseTraining, train_base
+from train.base import BaseTraining, Pictures, evenly, train_base
 from train.base_networks import make_tokenizer
 from train.truth import TruthSettings, write_truth
 
@@ -52,3 +52,26 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
     pipeline = StableDiffusionPipeline.from_pretrained(whole, use_safetensors=True)
     image = pipeline("a red cube", num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
+
+
+def test_only_pictures_whose_captions_name_everything_are_learned_from(truth: str) -> None:
+    whole = [scene for scene in (compose(1, index) for index in range(12)) if len(scene.mentioned) == len(scene.things)]
+    assert Pictures.read(truth).captions == [scene.caption for scene in whole]
+
+
+def test_rare_relations_are_drawn_more_often_than_they_are_there() -> None:
+    captions = ["a red cube left of a blue cone"] * 9 + ["a red cube on top of a blue cone"]
+    shares = evenly(captions)
+    assert shares.sum() == pytest.approx(1) and shares[:9].sum() == pytest.approx(3 * shares[9])
+
+
+def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, tmp_path: Path) -> None:
+    sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1}
+    first = train_base(BaseTraining(out=tmp_path / "first", steps=1, **sizes))
+    still = train_base(BaseTraining(out=tmp_path / "still", start=first, steps=1, rate=0.0, **sizes))
+    more = train_base(BaseTraining(out=tmp_path / "more", start=first, steps=1, **sizes))
+    for part, learned in (("vae", False), ("unet", True), ("text_encoder", True)):
+        (name,) = (path.name for path in (first / part).glob("*.safetensors"))
+        before, same, after = (load_file(folder / part / name) for folder in (first, still, more))
+        assert all(torch.equal(before[key], same[key]) for key in before)
+        assert all(torch.equal(before[key], after[key]) for key in before) != learned

@@ -4,13 +4,15 @@
     python -m train base --shards runs/truth --out runs/base
 
     torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch
+    python -m train base --start demo --steps 9000 ... goes on from a finished pipeline: its VAE stays, the rest learns more
 
 Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
 """
 
-import math
+import hashlib
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from infer.evaluation.grammar import parse
 from shards.dataset import Dataset
+from shards.errors import UserError
 from train.base_networks import (
     IMAGE_PX,
     LATENT_CHANNELS,
@@ -42,12 +49,16 @@ from train.state import STATE, averaged, follow, load_state, save_state
 class BaseTraining:
     """The recipe: vae_* of the first stage, the rest of the second.
 
+    start: the folder of a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; none: all is new.
+    cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
+    may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
     them. dropout: the share of captions that are left empty.
     """
 
     shards: str
     out: Path = Path("runs/base")
+    start: Path | None = None
     seed: int = 0
     held_out: int = 256
     vae_steps: int = 5_000
@@ -60,6 +71,7 @@ class BaseTraining:
     dropout: float = 0.1
     ema: float = 0.998
     warmup: int = 100
+    cooldown: float = 0.25
     save_every: int = 100
 
 
@@ -75,17 +87,35 @@ class Pictures:
 
     @staticmethod
     def read(url: str) -> "Pictures":
-        """All of a dataset, into memory (12 KB a picture of 64 px)."""
+        """Of a dataset of `train scenes` those whose captions name all that is there, into memory (12 KB a picture of 64 px).
+
+        Half of the plain world's scenes are so: things that no word asked for would be most of what there is to learn.
+        Raises UserError if there are none.
+        """
         dataset = Dataset.open(url)
         images, captions = [], []
         for shard in dataset.shard_names():
             for sample in dataset.samples(shard):
-                images.append(sample.image())
-                captions.append(sample.caption)
+                if all(thing["mentioned"] for thing in sample.meta["objects"]):
+                    images.append(sample.image())
+                    captions.append(sample.caption)
+        if not images:
+            raise UserError(f"{url} holds no scenes; make some with: python -m train scenes --out {url}")
         return Pictures(np.stack(images), captions)
 
     def held_out(self, config: BaseTraining) -> int:
         return min(config.held_out, len(self.images) // 4)
+
+
+def evenly(captions: Sequence[str]) -> np.ndarray:
+    """How often each caption is drawn, float64 (N,) with sum 1: rare relations more often than they are there.
+
+    A relation's share is as the root of its number: to the side are ten times as many as behind or on top.
+    """
+    kinds = [tuple(stated.relation for stated in parse(caption).relations) for caption in captions]
+    counts = Counter(kinds)
+    shares = np.array([counts[kind] ** -0.5 for kind in kinds])
+    return shares / shares.sum()
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -96,11 +126,9 @@ def pixels(images: np.ndarray) -> Tensor:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def _rate(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine down to 1 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def _rate(step: int, steps: int, config: BaseTraining) -> float:
+    """Linear warm-up, a constant, and in the end a straight line to zero."""
+    return min(1, (step + 1) / config.warmup, (steps - step) / max(1, config.cooldown * steps))
 
 
 def _train(
@@ -126,7 +154,7 @@ def _train(
         task, losses = progress.add_task(title, total=steps, completed=first), []
         for step in range(first, steps):
             for group in optimiser.param_groups:
-                group["lr"] = rate * _rate(step, steps, config.warmup)
+                group["lr"] = rate * _rate(step, steps, config)
             loss = loss_of(step, slice(rank, None, world))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -189,6 +217,11 @@ def train_vae(config: BaseTraining, pictures: Pictures) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
+def _finished_vae(start: Path) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     """How well a VAE gives images back, uint8 (N, H, W, 3): the mean of their PSNRs, in dB."""
@@ -201,7 +234,24 @@ def _means(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
     """The posterior means (N, C, h, w) of images uint8 (N, H, W, 3), unscaled."""
     with torch.no_grad():
         parts = [vae.encode(pixels(images[i : i + batch])).latent_dist.mean for i in range(0, len(images), batch)]
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()
+
+
+def _latents(config: BaseTraining, vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """_means, kept in config.out: encoding all pictures takes minutes, and every process and every start needs them."""
+    path = config.out / "latents.safetensors"
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values()))
+    made_of = f"{weights.hexdigest()} {hashlib.sha256(images.tobytes()).hexdigest()}"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata()["made_of"] == made_of:
+                return file.get_tensor("mean")
+    means = _means(vae, images)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({"mean": means}, temporary, {"made_of": made_of})
+        temporary.replace(path)
+    return means
 
 
 # ---- stage two: text to image ----------------------------------------------------------------------------------------
@@ -214,18 +264,22 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     net = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)})
     unet, text = net["unet"], net["text"]
     assert isinstance(text, CLIPTextModel)
+    if config.start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(config.start, subfolder="unet").state_dict())
+        text.load_state_dict(CLIPTextModel.from_pretrained(config.start, subfolder="text_encoder").state_dict())
     count = len(pictures.images) - pictures.held_out(config)
-    latents = _means(vae, pictures.images[:count]) * vae.config["scaling_factor"]
+    latents = _latents(config, vae, pictures.images[:count]) * vae.config["scaling_factor"]
 
     def tokens_of(captions: list[str]) -> Tensor:
         return torch.as_tensor(tokenizer(captions, padding="max_length", truncation=True)["input_ids"])
 
     tokens, empty = tokens_of(pictures.captions), tokens_of([""])
+    shares = evenly(pictures.captions[:count])
     kept = scheduler.alphas_cumprod  # the share of the signal's variance that is left at each timestep
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 2, step])
-        rows = torch.from_numpy(rng.integers(count, size=config.batch))
+        rows = torch.from_numpy(rng.choice(count, size=config.batch, p=shares))
         z, ids = latents[rows], tokens[rows]
         dropped = torch.from_numpy(rng.random(config.batch) < config.dropout)
         ids = torch.where(dropped[:, None], empty, ids)
@@ -253,5 +307,7 @@ def train_base(config: BaseTraining) -> Path:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     pictures = Pictures.read(config.shards)
-    train_text_to_image(config, pictures, train_vae(config, pictures))
+    config.out.mkdir(parents=True, exist_ok=True)
+    vae = _finished_vae(config.start) if config.start else train_vae(config, pictures)
+    train_text_to_image(config, pictures, vae)
     return config.out / "pipeline"

@@ -1,21 +1,27 @@
 """What is in a picture, by the detector, and whether it is what the caption says: objects, colours, relations.
 
-An object is a connected region of one colour; its shape is what most of it looks like. Relations are those of
-extract/world/captions.py, judged from what can be seen: the thresholds are a little wider than there, because a caption
-is written only where a relation is clear, and narrower than what would let an inverted caption pass.
+An object is a connected region of one colour, or a segment; its shape and colour are what it most looks like. A caption's
+word is granted to it as soon as it is not unlikely (SHAPE, COLOUR): of a thing of eight pixels nobody can tell a cone from a
+pyramid, and a picture is not wrong for that. Relations are those of extract/world/captions.py, judged from what can be
+seen: the thresholds are a little wider than there, because a caption is written only where a relation is clear, and
+narrower than what would let an inverted caption pass. What all this grants to right and to wrong captions is measured by
+benchmarks/detector.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import cv2
 import numpy as np
 
 from extract.world.captions import MARGIN
-from extract.world.vocabulary import INVERSE, SHAPES
-from infer.evaluation.detector import COLOUR_CLASSES, PLACES, Seen
+from extract.world.vocabulary import COLOURS, INVERSE, SHAPES
+from infer.evaluation.detector import PLACES, Seen
 from infer.evaluation.grammar import Caption, Named
 
+SHAPE, COLOUR = 0.05, 0.05
+"""Probability from which on a thing may be called by a shape, and by a colour."""
 SMALLEST = 0.005
 """Share of the picture below which a region is no object; captions name nothing below twice this."""
 SLACK = 0.03
@@ -32,14 +38,26 @@ STACKED = 1.15
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One object of a picture. mask: bool (h, w). x, left, right, top, bottom: 0..1 of the sides. sure: the mean
-    probability of its shape. depth_m: its median distance."""
+    """One object of a picture. mask: bool (h, w). shapes (9,), colours (12,): probabilities of its names. depth_m: its
+    median distance. x, left, right, top, bottom: 0..1 of the sides."""
 
-    shape: str
-    colour: str
     mask: np.ndarray
-    sure: float
+    shapes: np.ndarray
+    colours: np.ndarray
     depth_m: float
+
+    @property
+    def shape(self) -> str:
+        return SHAPES[int(self.shapes.argmax())]
+
+    @property
+    def colour(self) -> str:
+        return tuple(COLOURS)[int(self.colours.argmax())]
+
+    @property
+    def sure(self) -> float:
+        """The probability of its shape and colour together."""
+        return float(self.shapes.max() * self.colours.max())
 
     @property
     def share(self) -> float:
@@ -77,31 +95,21 @@ def find_objects(seen: Seen) -> list[Found]:
             here = (joined == number) & (mask > 0)
             if here.mean() < SMALLEST:
                 continue
-            likely = seen.shape[places:, here].mean(axis=1)
-            found.append(
-                Found(
-                    shape=SHAPES[int(likely.argmax())],
-                    colour=COLOUR_CLASSES[code],
-                    mask=here,
-                    sure=float(likely.max()),
-                    depth_m=float(np.median(seen.depth_m[here])),
-                )
-            )
+            found.append(_as_it_looks(seen, here))
     return sorted(found, key=lambda one: -one.share)
 
 
 def find_segments(seen: Seen, ids: np.ndarray) -> list[Found]:
     """The segments, int (h, w), that are things for the most part; as find_objects gives them."""
     thing = seen.shape[: len(PLACES)].sum(axis=0) < 0.5
-    found = []
-    for number in np.unique(ids):
-        here = ids == number
-        if here.mean() < SMALLEST or thing[here].mean() < 0.5:
-            continue
-        shapes, colours = seen.shape[len(PLACES) :, here].mean(axis=1), seen.colour[1:, here].mean(axis=1)
-        shape, colour = SHAPES[int(shapes.argmax())], COLOUR_CLASSES[1 + int(colours.argmax())]
-        found.append(Found(shape, colour, here, float(shapes.max()), float(np.median(seen.depth_m[here]))))
-    return found
+    masks = [ids == number for number in np.unique(ids)]
+    return [_as_it_looks(seen, here) for here in masks if here.mean() >= SMALLEST and thing[here].mean() >= 0.5]
+
+
+def _as_it_looks(seen: Seen, here: np.ndarray) -> Found:
+    """The object of a mask, named by its pixels."""
+    shapes, colours = seen.shape[len(PLACES) :, here].mean(axis=1), seen.colour[1:, here].mean(axis=1)
+    return Found(here, shapes, colours, float(np.median(seen.depth_m[here])))
 
 
 @dataclass(frozen=True)
@@ -121,23 +129,27 @@ class Verdict:
 
 
 def judge(caption: Caption, found: Sequence[Found]) -> Verdict:
-    """The verdict on a picture in which these objects were found. With several of a kind, any may be the one that is meant."""
-    meant = [[one for one in found if _is(one, named)] for named in caption.objects]
-    relations = tuple(
-        (
-            stated.relation,
-            any(holds(stated.relation, a, b) for a in meant[stated.subject] for b in meant[stated.object]),
-        )
-        for stated in caption.relations
-    )
-    colours = all(any(one.colour == named.colour for one in found) for named in caption.objects if named.colour)
+    """The verdict on a picture in which these objects were found: the best of all ways to find the caption's things in it."""
+    meant = [[one for one in found if may_be(one, named)] for named in caption.objects]
+    ways = [way for way in product(*meant) if len({id(one) for one in way}) == len(way)]
+    verdicts = [[holds(r.relation, way[r.subject], way[r.object]) for r in caption.relations] for way in ways]
+    best = max(verdicts, key=sum, default=[False] * len(caption.relations))
+    colours = all(any(_looks(one, named.colour) for one in found) for named in caption.objects)
     return Verdict(
-        objects=all(meant), colours=colours, once=all(len(group) == 1 for group in meant), relations=relations
+        objects=bool(ways),
+        colours=colours,
+        once=bool(ways) and all(len(group) == 1 for group in meant),
+        relations=tuple(zip((stated.relation for stated in caption.relations), best, strict=True)),
     )
 
 
-def _is(one: Found, named: Named) -> bool:
-    return one.shape == named.shape and named.colour in ("", one.colour)
+def may_be(one: Found, named: Named) -> bool:
+    """Whether an object can be called by this name."""
+    return bool(one.shapes[SHAPES.index(named.shape)] >= SHAPE) and _looks(one, named.colour)
+
+
+def _looks(one: Found, colour: str) -> bool:
+    return not colour or bool(one.colours[list(COLOURS).index(colour)] >= COLOUR)
 
 
 def holds(relation: str, a: Found, b: Found) -> bool:

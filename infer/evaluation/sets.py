@@ -58,11 +58,16 @@ def prompt_set(name: str, count: int, file: Path | None = None) -> PromptSet:
 
 
 def demo_captions(count: int) -> PromptSet:
-    """The first `count` different captions of the world's unseen scenes."""
+    """The first `count` different captions of the world's unseen scenes, of those that name all that is there.
+
+    The embedded base learned from such captions; of the others it may be asked for too (--prompts).
+    """
     found: dict[str, int] = {}
     index = 0
     while len(found) < count:
-        found.setdefault(compose(UNSEEN, index).caption, index)
+        scene = compose(UNSEEN, index)
+        if len(scene.mentioned) == len(scene.things):
+            found.setdefault(scene.caption, index)
         index += 1
     return PromptSet("demo", tuple(found), tuple(found.values()))
 

@@ -142,12 +142,13 @@ class Detector:
             for image, things in zip(small, found, strict=True)
             for one in things
         ]
-        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        rows: list[dict[str, np.ndarray]] = []
         for start in range(0, len(cuts), self.batch):
             part = torch.from_numpy(np.stack(cuts[start : start + self.batch])).permute(0, 3, 1, 2)
-            rows += zip(*(logits.softmax(1).numpy() for logits in self.shapes(part)), strict=True)
+            shapes, colours = (logits.softmax(1).numpy() for logits in self.shapes(part))
+            rows += [{"shapes": row, "colours": other} for row, other in zip(shapes, colours, strict=True)]
         likely = iter(rows)
-        return [[_named(one, *next(likely)) for one in things] for things in found]
+        return [[dataclasses.replace(one, **next(likely)) for one in things] for things in found]
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         """An image at the working size, by area means."""
@@ -165,13 +166,6 @@ class Detector:
             for name, tensor in sorted(net.state_dict().items()):
                 total.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return total.hexdigest()[:8]
-
-
-def _named(one: Found, shapes: np.ndarray, colours: np.ndarray) -> Found:
-    """An object with the likeliest of the shapes (9,) and colours (12,); sure of both together."""
-    shape, colour = int(shapes.argmax()), int(colours.argmax())
-    sure = float(shapes[shape] * colours[colour])
-    return dataclasses.replace(one, shape=SHAPES[shape], colour=list(COLOURS)[colour], sure=sure)
 
 
 def surest(candidates: Sequence[Found]) -> list[Found]:
