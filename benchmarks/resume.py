@@ -22,6 +22,7 @@ from tests import tiny_text
 from tests.training import config_of, die_at_forward, in_processes, write_scenes
 from train.checkpoint import Checkpoint, Checkpoints
 from train.lora import train_lora
+from train.stages import quiet
 from train.vae import save_result, train_vae
 
 STAGES = {"vae": train_vae, "lora": train_lora}
@@ -56,6 +57,7 @@ def main(
 ) -> None:
     """Prints the table; exit status 1 if anything differs."""
     torch.set_num_threads(1)
+    quiet()
     table = Table("stage", "processes", "deaths", "starts", "bit-equal", title="Killed and resumed")
     rng, wrong = random.Random(seed), False
     with tempfile.TemporaryDirectory() as scratch:

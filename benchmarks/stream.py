@@ -2,17 +2,20 @@
 
     python -m benchmarks.stream [--samples 512] [--workers 1] [--cores 1] [--skip-s3]
 
-Rows: `shards.stream` in its loader; plain webdataset in a DataLoader, with PIL for the image and a handler for
-the maps, once with a handler that gives what we give (maps in their units, by the same decoders) and once with one that
-stops at the codes of the PNGs; and the cost of decoding alone, from memory, in one thread. The S3 server
+Rows: `shards.stream` in its loader; plain webdataset in a DataLoader, with PIL for the image and a handler for the maps, once
+with a handler that gives what we give (maps in their units, by the same decoders) and once with one that stops at the codes of
+the PNGs; and the cost of decoding alone, from memory, in as many processes as there are workers, none of whose results go
+anywhere. The peer gets whole tars in their order, from S3 by a pipe from curl; both hand batches of 8 to the main process as
+tensors. With --cores 1 the main process and one worker share a core, so that neither gains by a further thread. The S3 server
 (benchmarks/slow_store.py) is a process of its own, with a delay before every answer. The last line is the time to open a
-dataset of a million samples, and to find the key at the end of its first epoch. Ratios to ours are what counts; CPU time
-says more on a machine that is busy.
+dataset of a million samples, and to find the key at the end of its first epoch. Ratios to ours are what counts; CPU time says
+more on a machine that is busy.
 """
 
 import argparse
 import gc
 import io
+import multiprocessing
 import os
 import tempfile
 import time
@@ -35,7 +38,7 @@ from shards.dataset import Dataset, add_counts, write_info
 from shards.intrinsics import INTRINSICS, IntrinsicMap, describe_segments, order_segments
 from shards.loader import StreamLoader
 from shards.order import Order, Sampler
-from shards.sample import encode_meta, member_names
+from shards.sample import Sample, encode_meta, member_names
 from shards.storage import Folder
 from shards.stream import Item, Stream
 from shards.writer import ShardWriter
@@ -113,15 +116,26 @@ def plain(tars: list[str], workers: int, handler: Callable[[str, bytes], np.ndar
     return DataLoader(batches, batch_size=None, num_workers=workers)
 
 
-def decoding_alone(url: str, samples: int) -> float:
-    """Seconds to decode every member of `samples` samples that lie in memory, in one thread."""
-    dataset = Dataset.open(url)
-    held = [sample for _, sample in zip(range(32), dataset.samples("000000"), strict=False)]
-    begin = time.perf_counter()
+def decode_all(held: list[Sample], samples: int) -> None:
+    """Decodes every member of `samples` samples that lie in memory."""
     for i in range(samples):
         sample = held[i % len(held)]
         sample.image()
         sample.maps()
+
+
+def decoding_alone(url: str, samples: int, workers: int) -> float:
+    """Seconds that `workers` processes need for `samples` samples together."""
+    dataset = Dataset.open(url)
+    held = [sample for _, sample in zip(range(32), dataset.samples("000000"), strict=False)]
+    shares = [samples // workers + (i < samples % workers) for i in range(workers)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=decode_all, args=(held, share)) for share in shares]
+    begin = time.perf_counter()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     return time.perf_counter() - begin
 
 
@@ -205,7 +219,7 @@ def main() -> None:
             os.sched_setaffinity(0, sorted(everything)[: given.cores])
             tars = sorted(folder.glob("*.tar"))
             runs = runs_of(url, list(map(str, tars)), given.samples, given.workers)
-            runs["decoding alone, 1 thread"] = lambda: decoding_alone(url, given.samples)
+            runs["decoding alone"] = lambda: decoding_alone(url, given.samples, given.workers)
             measure(f"{title}, from a disk", runs, given.samples, given.repeat)
             if endpoint is not None:
                 urls = [f"pipe:curl -s -f {endpoint}/{BUCKET}/{path.name}" for path in tars]

@@ -19,7 +19,7 @@ STAGES: dict[str, Callable[[TrainConfig], Outcome]] = {"vae": train_vae, "lora":
 
 def run_stages(config: TrainConfig, stages: Sequence[str]) -> None:
     """Runs stages of STAGES, those that are named; a signal ends the run after a saved step, with exit status 0."""
-    _quiet()
+    quiet()
     for stage in stages:
         outcome = STAGES[stage](config)
         if PartialState().is_main_process:
@@ -28,7 +28,7 @@ def run_stages(config: TrainConfig, stages: Sequence[str]) -> None:
             return
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No word of every long caption that a tokenizer cuts, nor of every file that is loaded."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
