@@ -36,8 +36,8 @@ train: setup    ## shards -> intrinsic VAE -> LoRA
 sample: setup   ## PROMPT -> an image and its four intrinsics, by runs/demo if `make train` made it
 	@$(BIN)/python -m infer sample $(if $(wildcard runs/demo/manifest.json),--run runs/demo) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
-test: setup     ## all tests, in two processes of one thread each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+test: setup     ## all tests, in three processes of one thread each: some of them mostly wait
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 lint: setup     ## ruff (lint, format) and mypy
 	@$(BIN)/ruff check .

@@ -88,10 +88,6 @@ class Worker:
         import cv2
 
         cv2.setNumThreads(1)
-        if setup.device == "cpu" and any(task.row.name != "null" for task in setup.tasks):
-            import torch
-
-            torch.set_num_threads(1)
         self._setup, self._progress = setup, Progress()
         self._folder = Folder(setup.out)
         self._loaded: list[Loaded] | None = None
@@ -102,6 +98,8 @@ class Worker:
             setup = self._setup
             try:
                 self._loaded = [self._load(task) for task in setup.tasks]
+                if setup.device == "cpu" and (torch := sys.modules.get("torch")):  # not all estimators are networks
+                    torch.set_num_threads(1)
                 if setup.device == "cuda":
                     for loaded in self._loaded:  # when all of their weights are there
                         probe_size(loaded.estimator, loaded.size, setup.work.image.size_px or LARGE_PX, setup.gpu_share)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from infer.outputs import read_given
+from shards.intrinsics import INTRINSICS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -35,7 +38,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_and_python_line_works_in_the_order_of_the_page(clone: Path) -> None:
     of_the_outer_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS")
     environment = {name: value for name, value in os.environ.items() if name not in of_the_outer_make}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}  # no network after the set-up, says the page
     for command in COMMANDS:
         if command in RECURSIVE:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -51,6 +54,11 @@ def test_every_command_and_python_line_works_in_the_order_of_the_page(clone: Pat
             )
             assert done.returncode == 0, done.stderr
     assert (clone / "data" / "demo" / "gallery.html").is_file()
+    drawn = list((clone / "samples").glob("*.json"))
+    assert len(drawn) == sum(command.startswith("make sample") for command in COMMANDS)
+    for described in drawn:  # by the embedded base and run, which need no options
+        maps = read_given(str(described.with_suffix("")))
+        assert set(maps) == set(INTRINSICS) and maps["depth"].values.shape == (64, 64)
 
 
 def test_every_file_that_the_page_names_is_there() -> None:

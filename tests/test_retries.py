@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,8 +131,8 @@ def test_passing_failures_are_tried_again_and_appended_round_by_round(
 
 def test_a_stopped_retry_goes_on_to_the_same_dataset(cluster: None, web: Moody, recipe: Path, tmp_path: Path) -> None:
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    for folder in (out, undisturbed):
-        extract(recipe, folder)
+    extract(recipe, out)
+    shutil.copytree(out, undisturbed)
     web.up = 1
     extract(recipe, undisturbed, retry_failed=True)
     requests = 0
@@ -158,8 +159,8 @@ def test_a_retry_killed_at_any_time_is_finished_by_the_same_command(
     cluster: None, web: Moody, recipe: Path, tmp_path: Path, last: str, committed: int
 ) -> None:
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    for folder in (out, undisturbed):
-        extract(recipe, folder)
+    extract(recipe, out)
+    shutil.copytree(out, undisturbed)
     web.up = 2
     extract(recipe, undisturbed, retry_failed=True)
     command = [sys.executable, "-m", "extract", str(recipe), "--out", str(out), "--retry-failed", "--workers", "2"]

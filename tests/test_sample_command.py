@@ -234,15 +234,6 @@ def test_what_is_wrong_is_said_in_a_sentence(models, tmp_path, arguments, messag
     assert "\n" not in str(caught.value)
 
 
-def test_the_embedded_base_and_run_draw_without_network_and_without_options(tmp_path):
-    command = [sys.executable, "-m", "infer", "sample", "--steps", "4", "--out", str(tmp_path)]  # as `make sample`
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert result.returncode == 0, result.stderr
-    (described,) = tmp_path.glob("*.json")
-    maps = read_given(described.with_suffix(""))
-    assert set(maps) == set(INTRINSICS) and maps["depth"].values.shape == (64, 64)
-
-
 def test_the_schedule_command_prints_and_draws(tmp_path):
     result = CliRunner().invoke(app, ["schedule", "drop", "--stages", "unet3", "--plot", str(tmp_path / "drop.png")])
     assert result.exit_code == 0 and "l=7" in result.output and (tmp_path / "drop.png").stat().st_size > 1000
