@@ -7,7 +7,7 @@ Each drop has its reason. A filter that is not set costs nothing and asks for no
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,14 @@ USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "watermark": ("pwatermark", "watermark_score"),
     "similarity": ("similarity", "clip_l14_similarity_score", "clip_similarity_vitl14"),
 }
+
+Column: TypeAlias = Sequence[Any] | pa.Array
+"""The values of a column, or of a part of it."""
+
+
+def listed(column: Column) -> Sequence[Any]:
+    """The values as Python's own."""
+    return column.to_pylist() if isinstance(column, pa.Array) else column
 
 
 @dataclass(frozen=True)
@@ -106,18 +114,24 @@ class Filters:
             found[quantity] = name
         return found
 
-    def drops(self, values: Mapping[str, Sequence[Any]], captions: Sequence[str]) -> list[tuple[str, str] | None]:
+    def drops(self, values: Mapping[str, Column], captions: Sequence[str]) -> list[tuple[str, str] | None]:
         """For each row, (reason, message) if it is dropped.
 
         values: for each quantity of `needs`, the rows' values: numbers, text that is a number, or None.
         """
-        numbers = {quantity: as_numbers(values[quantity]) for quantity in self.needs}
         outcome: list[tuple[str, str] | None] = [None] * len(captions)
-        for reason, bad, message in (*self._numeric(numbers), *self._textual(captions)):
+        for reason, bad, message in self._checks(values, captions):
             for row in np.flatnonzero(bad):
                 if outcome[row] is None:
                     outcome[row] = (reason, message(int(row)))
         return outcome
+
+    def passing(self, values: Mapping[str, Column], captions: Sequence[str]) -> np.ndarray:
+        """For each row, whether drops() lets it pass, as booleans; for many rows, of which nobody asks why."""
+        passing = np.ones(len(captions), bool)
+        for _, bad, _ in self._checks(values, captions):
+            passing &= ~bad
+        return passing
 
     def drop(self, fields: Mapping[str, Any], caption: str) -> tuple[str, str] | None:
         """(reason, message) if a single sample is dropped, by fields of its own; one that it lacks has no value."""
@@ -132,6 +146,10 @@ class Filters:
             return fields.get(given)
         by_name = {name.lower(): value for name, value in fields.items()}
         return next((by_name[name] for name in USUAL_COLUMNS[quantity] if name in by_name), None)
+
+    def _checks(self, values: Mapping[str, Column], captions: Sequence[str]) -> list["_Check"]:
+        numbers = {quantity: as_numbers(values[quantity]) for quantity in self.needs}
+        return [*self._numeric(numbers), *self._textual(captions)]
 
     def _numeric(self, numbers: Mapping[str, np.ndarray]) -> list["_Check"]:
         bounds = (
@@ -198,9 +216,12 @@ _Check = tuple[str, np.ndarray, Callable[[int], str]]
 """A reason, the rows that it drops as booleans, and the message for one of them."""
 
 
-def as_numbers(values: Sequence[Any]) -> np.ndarray:
+def as_numbers(values: Column) -> np.ndarray:
     """float64; NaN for what is missing or not a number."""
-    return np.array([_number(value) for value in values], np.float64)
+    if isinstance(values, pa.Array) and (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        numbers = values.cast(pa.float64(), safe=False).fill_null(math.nan)
+        return np.asarray(numbers.to_numpy(zero_copy_only=False))
+    return np.array([_number(value) for value in listed(values)], np.float64)
 
 
 def _number(value: Any) -> float:

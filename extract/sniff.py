@@ -8,6 +8,7 @@ from typing import NamedTuple
 _TEXT_START = rb"(?:\xef\xbb\xbf)?\s*"
 _AVIF_BRANDS = rb"....ftyp(?:avif|avis|(?:mif1|msf1).{4}(?:....)*?avi[fs])"
 _SOF_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive: what every JPEG reader can decode
+_SOF_SEQUENTIAL = frozenset({0xC0, 0xC1})
 _SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI = 0xDA, 0xD9
 
@@ -71,22 +72,29 @@ def guess_other(data: bytes) -> str:
 
 
 class JpegHeader(NamedTuple):
-    """What the segments before the first scan say. complete: the scan was reached before the data ended."""
+    """What the segments before the first scan say.
+
+    complete: the scan was reached before the data ended. portable: Huffman-coded, so that every reader can decode it.
+    one_scan: sequential, with all components in the first scan; a decoder then takes no second one.
+    """
 
     complete: bool
     portable: bool
+    one_scan: bool
 
 
 def jpeg_header(data: bytes) -> JpegHeader:
-    """Walks the segments of a JPEG up to its first scan. portable: Huffman-coded, so that every reader can decode it."""
+    """Walks the segments of a JPEG up to its first scan."""
     position, portable = 2, False
+    frames: list[tuple[int, int]] = []  # marker, number of components
     while position + 4 <= len(data):
         if data[position] != 0xFF:
             position += 1  # some writers leave stray bytes between segments, and readers skip them
             continue
         marker = data[position + 1]
         if marker == _SOS:
-            return JpegHeader(complete=True, portable=portable)
+            sequential = len(frames) == 1 and frames[0][0] in _SOF_SEQUENTIAL
+            return JpegHeader(True, portable, sequential and data[position + 4 : position + 5] == bytes([frames[0][1]]))
         if marker == _EOI:
             break
         if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
@@ -94,13 +102,14 @@ def jpeg_header(data: bytes) -> JpegHeader:
             continue
         if marker in _SOF_ALL:
             portable = marker in _SOF_HUFFMAN
+            frames.append((marker, int.from_bytes(data[position + 9 : position + 10], "big")))
         position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
-    return JpegHeader(complete=False, portable=portable)
+    return JpegHeader(False, portable, False)
 
 
 def jpeg_scans(data: bytes) -> int:
     """An upper bound of the number of scans: inside compressed data the byte FF is never followed by a marker's code."""
-    return data.count(b"\xff\xda")
+    return 1 if jpeg_header(data).one_scan else data.count(b"\xff\xda")
 
 
 def webp_canvas(data: bytes) -> tuple[int, int, bool] | None:

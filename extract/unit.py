@@ -308,7 +308,7 @@ def _members_of(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
     sample, prepared = item.sample, item.prepared
     assert sample is not None and prepared is not None
     image = members[0]
-    described: dict[str, Any] = {"image": prepared.record}
+    described: dict[str, Any] = {"image": _history(sample.meta, prepared.record)}
     try:
         stored = {image: prepared.member, "txt": sample.caption.encode("utf-8")}
     except UnicodeEncodeError as error:
@@ -335,6 +335,22 @@ def _members_of(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
         described["quality"] = item.old.meta["intrinsics"]["quality"]
     stored["json"] = encode_meta({**sample.meta, "intrinsics": described})
     return stored
+
+
+def _history(meta: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What was done to an image; of one that stayed as it is, what its own json says: our output is a source, too."""
+    intrinsics = meta.get("intrinsics")
+    earlier = intrinsics.get("image") if isinstance(intrinsics, dict) else None
+    if record["reencoded"] or not isinstance(earlier, dict) or list(earlier) != list(record):
+        return record
+    alike = all(_same_form(earlier[name], value) for name, value in record.items())
+    return earlier if alike and earlier["size"] == record["size"] else record
+
+
+def _same_form(value: Any, other: Any) -> bool:
+    if isinstance(value, list) and isinstance(other, list):
+        return [type(item) for item in value] == [type(item) for item in other]
+    return type(value) is type(other)
 
 
 def _write(

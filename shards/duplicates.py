@@ -71,7 +71,7 @@ def _digest(text: str) -> bytes:
 
 
 def _append(entries: np.ndarray, paths: Sequence[Path]) -> None:
-    partition = (entries["high"] & np.uint64(_PARTITIONS - 1)).astype(np.int64)
+    partition = entries["high"].astype(np.uint8)  # the digest's first byte; numpy sorts bytes by counting them
     order = np.argsort(partition, kind="stable")
     edges = np.searchsorted(partition[order], np.arange(_PARTITIONS + 1))
     entries = entries[order]
@@ -83,8 +83,8 @@ def _append(entries: np.ndarray, paths: Sequence[Path]) -> None:
 
 
 def _repeated(entries: np.ndarray) -> np.ndarray:
-    """The row numbers of all entries but the first of each digest, int64."""
-    order = np.lexsort((entries["row"], entries["low"], entries["high"]))
+    """The row numbers of all entries but the first of each digest, int64. The entries come in the order of their rows."""
+    order = np.lexsort((entries["low"], entries["high"]))  # a stable sort
     entries = entries[order]
     same = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
     return entries["row"][1:][same].astype(np.int64)

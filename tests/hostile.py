@@ -127,8 +127,8 @@ def _bomb_webp() -> bytes:
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
-def _many_scans() -> bytes:
-    data = encoded(photo(), "JPEG", progressive=True)
+def _many_scans(progressive: bool) -> bytes:
+    data = encoded(photo(), "JPEG", progressive=progressive)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * 300 + b"\xff\xd9"
 
@@ -206,7 +206,8 @@ def images() -> dict[str, tuple[bytes, str]]:
         "bomb.bmp": (_bomb_bmp(), "too_many_pixels"),
         "bomb.tiff": (_bomb_tiff(), "too_many_pixels"),
         "bomb.webp": (_bomb_webp(), "too_many_pixels"),
-        "bomb_scans.jpg": (_many_scans(), "too_many_scans"),
+        "bomb_scans.jpg": (_many_scans(progressive=True), "too_many_scans"),
+        "repeated_scan.jpg": (_many_scans(progressive=False), "corrupt"),  # decoders take one scan of such files
         "wide_20000.png": (png(20_000, 2_001, bits=1, rows=2_001), "too_many_pixels"),
         "largest_allowed.png": (png(8192, 8192, colour=6, rows=8192), OK),
         # far too little, or of an odd shape

@@ -21,6 +21,8 @@ from extract.sources import Failure, RawSample, Unit
 from shards.dataset import Dataset
 from shards.errors import TooManyFailures, UsageError, UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap
+from shards.sample import Sample
+from shards.verify import verify
 
 KILLS_ALWAYS, KILLS_TWICE, FAILS = 77, 88, 99  # shades of grey that an estimator cannot bear
 
@@ -160,6 +162,26 @@ def test_a_plan_foretells_the_dataset_and_writes_nothing(cluster: None, tmp_path
     assert plan.bytes == pytest.approx(sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar")), rel=0.2)
     again = make_plan(config, source=source)  # type: ignore[arg-type]
     assert again.done == 5 and again.worker_hours == 0
+
+
+def test_images_can_be_stored_first_and_estimated_by_a_later_run(cluster: None, tmp_path: Path) -> None:
+    def stage(name: str, estimators: str, settings: dict[str, Any], source: Greys | None) -> dict[str, Sample]:
+        rules = ImageRules(format="png", size_px=16, crop="center", min_side_px=16)
+        options = RunConfig(shard_size=8, workers=2, estimators=estimators)
+        config = ExtractConfig(name=name, out=str(tmp_path / name), source=settings, image=rules, run=options)
+        run(config, source=source)  # type: ignore[arg-type]
+        assert verify(config.out).problems == []
+        dataset = Dataset.open(config.out)
+        return {sample.key: sample for shard in dataset.shard_names() for sample in dataset.samples(shard)}
+
+    stored = stage("stored", "none", {}, Greys(range(20)))
+    made = stage("made", "null", {"kind": "tars", "tars": [f"{tmp_path}/stored/*.tar"]}, None)
+    assert list(stored) == list(made) and len(made) == 20
+    for key, sample in stored.items():
+        assert list(sample.members) == ["png", "txt", "json"] and made[key].intrinsics == tuple(INTRINSICS)
+        assert all(made[key].members[name] == sample.members[name] for name in ("png", "txt"))
+        record = made[key].meta["intrinsics"]["image"]
+        assert record["resized"] and record == sample.meta["intrinsics"]["image"], "what was done first is still known"
 
 
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(extract: Extract, tmp_path: Path) -> None:

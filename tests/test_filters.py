@@ -1,13 +1,16 @@
 """Filters on the rows of a table, and the search for repeated rows."""
 
+import decimal
 import math
 import random
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.filters import Filters
+from extract.filters import Filters, as_numbers
 from extract.reasons import REASONS
 from shards.duplicates import find_repeats
 from shards.errors import UsageError
@@ -110,6 +113,32 @@ def test_a_filter_without_its_column_is_an_error_that_names_the_setting() -> Non
 def test_filters_that_cannot_work_are_refused(settings: dict) -> None:
     with pytest.raises(UsageError, match="filters"):
         Filters(**settings)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1, None, -3, (1 << 62) + 1], pa.int64()),
+        pa.array([0, None, (1 << 64) - 1], pa.uint64()),
+        pa.array([0.5, None, math.nan, math.inf, -math.inf], pa.float32()),
+        pa.array([1.5, None, 0.25], pa.float16()),
+        pa.array(["0.5", "x", None, " 7 "]),
+        pa.array([True, None, False]),
+        pa.array(["a", "3", None]).dictionary_encode(),
+        pa.array([decimal.Decimal("2.5"), None]),
+        pa.array([7, 8, 9, None]).slice(1),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_planning_sees_the_numbers_of_a_column_as_workers_see_those_of_its_rows(column: pa.Array) -> None:
+    values = column.to_pylist()
+    np.testing.assert_array_equal(as_numbers(column), as_numbers(values))
+    for missing in ("drop", "keep"):
+        filters = Filters(min_aesthetic=0.5, max_unsafe=7, min_caption=2, missing=missing)
+        captions = ["xy"] * (len(values) - 1) + ["x"]
+        drops = filters.drops({"aesthetic": values, "unsafe": values}, captions)
+        passing = filters.passing({"aesthetic": column, "unsafe": column}, captions)
+        assert passing.tolist() == [drop is None for drop in drops]
 
 
 @settings(deadline=None)

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from extract.filters import Column
 from extract.sources.captions import MAX_METADATA_BYTES
 from extract.sources.tars import expand_braces
 from shards.errors import UsageError, UserError
@@ -180,13 +181,13 @@ class Table:
                 file.seek(cut.offset)
                 yield from itertools.islice(self._text_rows(_Lines(file)), cut.stop - cut.start)
 
-    def batches(self, names: Sequence[str], stop: int) -> Iterator[Mapping[str, Sequence[Any]]]:
+    def batches(self, names: Sequence[str], stop: int) -> Iterator[Mapping[str, Column]]:
         """The columns `names` of the first `stop` rows, in batches. Raises UserError if it cannot be read."""
         try:
             with self._open() as file:
                 if self.is_parquet:
                     for batch in _parquet_batches(pq.ParquetFile(file), list(names), 0, stop):
-                        yield {name: batch.column(name).to_pylist() for name in names}
+                        yield {name: batch.column(name) for name in names}
                     return
                 lines = _Lines(file)
                 if not self.header and not self.address.endswith(".jsonl"):

@@ -25,7 +25,7 @@ import numpy as np
 
 from extract.answers import DownloadProblem
 from extract.download import Batch, Downloaded, Downloader, DownloadSettings
-from extract.filters import Filters
+from extract.filters import Column, Filters, listed
 from extract.reasons import REASONS
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.captions import checked_caption
@@ -220,14 +220,15 @@ class UrlSource:
                 needed.add(columns.caption)
             stop = (1 << 60) if limit is None else limit - row
             for batch in table.batches(sorted(needed), stop):
-                count = len(batch[column])
-                out = {number for found in earlier for number in found.within(row, row + count)}
-                out.update(n for n, drop in enumerate(self._drops(columns, batch, count)) if drop)
+                texts = listed(batch[column])
+                counts = self.filters.passing(*self._filtered(columns, batch, len(texts)))
+                for found in earlier:
+                    counts[found.within(row, row + len(texts))] = False
                 yield [
-                    None if number in out or value is None else str(value).strip() or None
-                    for number, value in enumerate(batch[column])
+                    str(text).strip() or None if counted and text is not None else None
+                    for text, counted in zip(texts, counts.tolist(), strict=True)
                 ]
-                row += count
+                row += len(texts)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -291,7 +292,8 @@ class UrlSource:
         """Filters rows that were read together."""
         good = [row if isinstance(row, dict) else {} for _, row in group]
         names = [columns.url, columns.caption, *columns.values.values()]
-        drops = self._drops(columns, {name: [row.get(name) for row in good] for name in names}, len(good))
+        batch = {name: [row.get(name) for row in good] for name in names}
+        drops = self.filters.drops(*self._filtered(columns, batch, len(good)))
         repeated = [(name, frozenset(numbers)) for name, numbers in part.repeated]
         for (number, row), drop in zip(group, drops, strict=True):
             key = self._key(part, number)
@@ -364,10 +366,14 @@ class UrlSource:
                     hashes += [(kind, name) for name in names if name.lower() == kind]
         return Columns(url, caption, self.filters.columns(names, table.address), tuple(hashes))
 
-    def _drops(self, columns: Columns, values: Mapping[str, Sequence[Any]], count: int) -> list[tuple[str, str] | None]:
-        """What the filters say to rows, given as columns."""
-        captions = [_text(value) for value in values.get(columns.caption, [None] * count)]
-        return self.filters.drops({quantity: values[name] for quantity, name in columns.values.items()}, captions)
+    def _filtered(
+        self, columns: Columns, batch: Mapping[str, Column], count: int
+    ) -> tuple[dict[str, Column], Sequence[str]]:
+        """Of `count` rows, given as columns, what the filters look at: values and captions."""
+        captions = [""] * count
+        if self.filters.needs_captions and columns.caption:
+            captions = [_text(value) for value in listed(batch[columns.caption])]
+        return {quantity: batch[name] for quantity, name in columns.values.items()}, captions
 
 
 def _column(table: Table, given: str | None, usual: Sequence[str], setting: str, what: str) -> str:
