@@ -42,6 +42,7 @@ from tests.web import Web, head, photograph
 SIZES = ((640, 480), (736, 1104), (1024, 683), (1200, 800), (1920, 1280), (500, 750))  # common on the web
 SHARD = 500
 MEMBERS = ("jpg", "txt", "json")
+RULES = ImageRules(size_px=256, resample="area")
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def prepared(source: UrlSource, unit: Unit, pool: ThreadPoolExecutor) -> Iterato
     waiting: deque[tuple[RawSample, Future[Prepared]]] = deque()
     for output in source.read(unit):
         if isinstance(output, RawSample):
-            waiting.append((output, pool.submit(prepare, output.image, ImageRules(size_px=256, resample="area"))))
+            waiting.append((output, pool.submit(prepare, output.image, RULES, decoded=False)))
         if len(waiting) > 16:
             yield waiting.popleft()
     yield from waiting

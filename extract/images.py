@@ -133,15 +133,14 @@ class ImageProblem(Exception):
         return ImageProblem, (self.reason, self.message)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """An image ready for the estimators and for storage.
 
-    pixels: uint8 RGB (H, W, 3), writable: exactly what Pillow decodes `member` to.
     member: the stored file, a jpg, png or webp of three channels.
     record: what was done; the same keys and types for every image:
         original_size [w, h]  of the source, with its orientation applied
-        size [w, h]           of `pixels`
+        size [w, h]           as stored
         orientation int       the source's EXIF orientation, 1..8
         crop [x, y, w, h]     the part of the original that was kept, in pixels of original_size
         resized bool, reencoded bool
@@ -151,9 +150,16 @@ class Prepared:
         icc str               its colour profile: none, srgb, converted or ignored (extract.color)
     """
 
-    pixels: np.ndarray
     member: bytes
     record: dict[str, Any]
+    _pixels: np.ndarray | None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 RGB (H, W, 3), writable: exactly what Pillow decodes `member` to; decoded when first asked for."""
+        if self._pixels is None:
+            self._pixels = _decode(self.member)
+        return self._pixels
 
 
 @dataclass
@@ -170,14 +176,17 @@ class _Loaded:
     portable: bool = True
 
 
-def prepare(image: bytes | np.ndarray, rules: ImageRules) -> Prepared:
-    """Turns an image file, or uint8 RGB pixels (H, W, 3), into what is stored. Raises ImageProblem, and nothing else."""
+def prepare(image: bytes | np.ndarray, rules: ImageRules, *, decoded: bool = True) -> Prepared:
+    """Turns an image file, or uint8 RGB pixels (H, W, 3), into what is stored. Raises ImageProblem, and nothing else.
+
+    decoded: False spares decoding what was encoded, where nobody will look at the pixels.
+    """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise TypeError(f"pixels must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         size = (image.shape[1], image.shape[0])
         _check_size(size, rules)
-        return _finish(_Loaded(Image.fromarray(image), size, "array", "RGB"), None, rules)
+        return _finish(_Loaded(Image.fromarray(image), size, "array", "RGB"), None, rules, decoded)
     kind = _identify(image, rules)
     try:
         with _decoder_errors_named(image, kind.name):
@@ -186,7 +195,7 @@ def prepare(image: bytes | np.ndarray, rules: ImageRules) -> Prepared:
         with _turn_of_large_images(opened.size):
             with _decoder_errors_named(image, kind.name):
                 loaded = _load(opened, image, kind.name, rules)
-            return _finish(loaded, image, rules)
+            return _finish(loaded, image, rules, decoded)
     except MemoryError as error:
         raise ImageProblem("out_of_memory", f"not enough memory to decode this {kind.name}") from error
 
@@ -326,7 +335,7 @@ def _onto_white(image: Image.Image) -> tuple[Image.Image, bool]:
     return page, True
 
 
-def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepared:
+def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules, decoded: bool) -> Prepared:
     """Crops, resizes and converts a decoded source, and stores it: untouched if that is possible, else encoded anew."""
     width, height = loaded.size
     x, y, crop_width, crop_height = 0, 0, width, height
@@ -360,7 +369,7 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepare
         and icc != "converted"
     )
     if untouched and source is not None:
-        member, pixels = source, np.array(image)
+        member = source
     else:
         image = image if image.mode == "RGB" else image.convert("RGB")
         image.info = {}  # or Pillow would write the source's profile and comments into the new file
@@ -370,10 +379,10 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepare
         except (OSError, ValueError) as error:  # WebP cannot hold every large picture
             raise ImageProblem("cannot_encode", f"it cannot be stored as {rules.format}: {error}") from error
         member = buffer.getvalue()
-        pixels = np.array(image) if rules.format == "png" else _decode(member)
+    pixels = np.array(image) if untouched or rules.format == "png" else _decode(member) if decoded else None
     record = {
         "original_size": [width, height],
-        "size": [pixels.shape[1], pixels.shape[0]],
+        "size": [image.width, image.height],
         "orientation": loaded.orientation,
         "crop": [x, y, crop_width, crop_height],
         "resized": resized,
@@ -383,7 +392,7 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules) -> Prepare
         "alpha": loaded.alpha,
         "icc": icc,
     }
-    return Prepared(pixels, member, record)
+    return Prepared(member, record, pixels)
 
 
 def _decode(member: bytes) -> np.ndarray:

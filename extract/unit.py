@@ -6,6 +6,7 @@ thread estimates. What goes into which batch is a function of the unit alone, so
 
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -63,6 +64,10 @@ class UnitWork:
     members: tuple[str, ...]
     threads: int
     window: int
+
+    @property
+    def makes_maps(self) -> bool:
+        return any(row.member in self.members for row in INTRINSICS.values())
 
 
 @dataclass
@@ -177,7 +182,7 @@ def _items(
             yield output
 
     def decode(position: int, output: RawSample | Failure) -> _Item:
-        return _decode(position, output, work.image, skip, forgotten, progress)
+        return _decode(position, output, work, skip, forgotten, progress)
 
     return map_ahead(
         inputs(), decode, threads=work.threads, most=2 * work.window, most_bytes=AHEAD_BYTES, size_of=_size_of
@@ -189,7 +194,7 @@ def _size_of(held: RawSample | Failure | _Item) -> int:
     if isinstance(held, RawSample):
         return held.image.nbytes if isinstance(held.image, np.ndarray) else len(held.image)
     if isinstance(held, _Item):
-        decoded = held.prepared.pixels.nbytes + len(held.prepared.member) if held.prepared else 0
+        decoded = 3 * math.prod(held.prepared.record["size"]) + len(held.prepared.member) if held.prepared else 0
         return decoded + (_size_of(held.sample) if held.sample else 0)
     return 0
 
@@ -197,7 +202,7 @@ def _size_of(held: RawSample | Failure | _Item) -> int:
 def _decode(
     position: int,
     output: RawSample | Failure,
-    rules: ImageRules,
+    work: UnitWork,
     skip: Container[int],
     forgotten: Forgotten,
     progress: Progress,
@@ -214,7 +219,7 @@ def _decode(
     else:
         try:
             with progress.timed("decode_s"):
-                item.prepared = prepare(output.image, rules)
+                item.prepared = prepare(output.image, work.image, decoded=work.makes_maps)
             item.sample = dataclasses.replace(output, image=b"")  # the source's bytes are not needed any more
         except ImageProblem as problem:
             item.fail("decode", problem.reason, problem.message)
@@ -227,7 +232,7 @@ def _windows(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
     pixels = 0
     for item in items:
         window.append(item)
-        pixels += item.prepared.pixels.size // 3 if item.prepared else 0
+        pixels += math.prod(item.prepared.record["size"]) if item.prepared else 0
         if len(window) == size or pixels >= WINDOW_PIXELS:
             yield window
             window, pixels = [], 0
@@ -328,9 +333,8 @@ def _members_of(item: _Item, members: tuple[str, ...]) -> dict[str, bytes]:
         else:
             raise SampleError(f"there is no {name} for it")
     if item.maps or item.old is None:
-        described["quality"] = quality_scores(
-            {name: known[name] for name in INTRINSICS if name in known}, prepared.pixels
-        )
+        maps = {name: known[name] for name in INTRINSICS if name in known}
+        described["quality"] = quality_scores(maps, prepared.pixels) if maps else {}
     else:
         described["quality"] = item.old.meta["intrinsics"]["quality"]
     stored["json"] = encode_meta({**sample.meta, "intrinsics": described})
