@@ -1,6 +1,7 @@
 """Tars as a source: every sample arrives with its key and metadata; hostile tars neither run, nor write, nor hide."""
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -17,13 +18,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extract.estimators import null
 from extract.filters import Filters
 from extract.images import ImageProblem, ImageRules, prepare
 from extract.sources import Failure, RawSample
-from extract.sources.table import open_source
+from extract.sources.table import open_source, settings_of
 from extract.sources.tars import TarSource, expand_braces, legal_key
+from extract.unit import Loaded, UnitWork, make_shard
+from shards.dataset import Dataset
 from shards.errors import UsageError, UserError
-from shards.sample import KEY
+from shards.intrinsics import INTRINSICS
+from shards.sample import KEY, member_names
+from shards.storage import Folder
+from tests.web import photograph
 
 IMAGE = b"\xff\xd8\xff\xe0 the bytes of an image, as they came"
 
@@ -97,6 +104,57 @@ def test_the_table_of_img2dataset_names_what_failed_upstream_and_what_is_missing
     assert isinstance(sample, RawSample) and sample.key == "000030" and sample.image == IMAGE
     assert isinstance(gone, Failure) and gone.reason == "failed_upstream" and "404" in gone.message
     assert isinstance(missing, Failure) and (missing.key, missing.reason) == ("000032", "missing_in_tar")
+
+
+def img2dataset_shard(folder: Path) -> dict[str, tuple[bytes, str, dict[str, Any]]]:
+    """Writes a shard as img2dataset lays it out (samples in the order of their arrival, its parquet and its stats beside);
+    returns the image, caption and json of each key."""
+    expected: dict[str, tuple[bytes, str, dict[str, Any]]] = {}
+    for number in (2, 1, 3, 0, 7, 4):
+        image = photograph(number, (288 - number, 192))
+        row = {
+            "pwatermark": 0.1,
+            "caption": f"a café, number {number}",
+            "url": f"http://x/{number}",
+            "key": f"000030{number}",
+        }
+        row |= {"status": "success", "error_message": None, "width": 288 - number, "height": 192, "exif": "{}"}
+        expected[row["key"]] = image, row["caption"], row | {"sha256": hashlib.sha256(image).hexdigest()}
+    members = [
+        (f"{key}.{suffix}", data)
+        for key, (image, caption, row) in expected.items()
+        for suffix, data in (("jpg", image), ("json", json.dumps(row, indent=4).encode()), ("txt", caption.encode()))
+    ]
+    write(folder / "00003.tar", tar_bytes(*members))
+    failed = [
+        {"key": "0000308", "status": "failed_to_download", "error_message": "HTTP Error 404: File not found"},
+        {"key": "0000309", "status": "failed_to_resize", "error_message": "Image decoding error"},
+    ]
+    rows = [row for _, _, row in expected.values()] + failed
+    pq.write_table(pa.Table.from_pylist(rows), folder / "00003.parquet")
+    (folder / "00003_stats.json").write_text(json.dumps({"count": 8, "successes": 6}))
+    return expected
+
+
+def test_a_shard_of_img2dataset_arrives_whole_with_its_keys_metadata_and_untouched_images(tmp_path: Path) -> None:
+    expected = img2dataset_shard(tmp_path)
+    settings = settings_of(str(tmp_path))
+    assert settings is not None and settings["kind"] == "tars"
+    source, members = open_source(settings), tuple(member_names("jpg", tuple(INTRINSICS)))
+    work = UnitWork(source=source, image=ImageRules(), members=members, threads=1, window=4)
+    folder = Folder(tmp_path / "out")
+    folder.make()
+    (unit,) = source.units(1000)
+    mark = make_shard(folder, unit, work, [Loaded(null.estimate, tuple(INTRINSICS), "null@1", 4)], made={})
+    assert mark["counts"] == {"in": 8, "ok": 6, "failed": {"failed_upstream": 2}}
+    samples = {sample.key: sample for sample in Dataset(folder, {}).samples(mark["shard"])}
+    assert list(samples) == list(expected)
+    for key, (image, caption, row) in expected.items():
+        assert samples[key].members["jpg"] == image and samples[key].caption == caption
+        meta = samples[key].meta
+        assert meta.pop("intrinsics")["image"]["reencoded"] is False and meta == row
+    failures = {line["key"]: line["message"] for line in Dataset(folder, {}).failures(mark["shard"])}
+    assert list(failures) == ["0000308", "0000309"] and "404" in failures["0000308"]
 
 
 SHARED = ((f"{i}.{suffix}", data) for i in range(3) for suffix, data in (("jpg", IMAGE * 30), ("txt", b"words")))
