@@ -1,16 +1,20 @@
 """Nodes that come and go: extractions on a simulated cluster whose nodes are killed and added at random.
 
     python -m benchmarks.nodes [--units 200] [--repeats 20] [--unit-s 2.0] [--nodes 3] [--seed 0]
+    python -m benchmarks.nodes --repeats 5 --seed 15 --keep FOLDER      (in pieces: FOLDER holds the results of all so far)
 
 A head without work and `nodes` nodes of two workers each (ray.cluster_utils); every unit sleeps for `unit-s` seconds. In each
 repeat nodes are removed abruptly, and new ones added, until the run ends. The dataset must then be that of an undisturbed
 run to the byte, and whole (`shards verify`): nothing lost, nothing twice. What a removal costs is printed for every unit that
 was begun again: the seconds between its two beginnings, which are the work that was lost, the time until the driver knew, and
 the wait for a worker that was free. Goal: at most one unit's time and 10 s.
+
+With --keep the undisturbed dataset is made once, and each repeat is a line of FOLDER/repeats.jsonl; the table is of all lines.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import statistics
@@ -112,6 +116,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--pause-s", type=float, default=8.0, help="between two events, in the mean")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     os.environ |= {"RAY_health_check_period_ms": "1000"}  # as the files of cluster/ do
@@ -122,36 +127,50 @@ def main() -> None:
     nodes = [simulated.add_node(num_cpus=WORKERS_PER_NODE) for _ in range(options.nodes)]
     simulated.wait_for_nodes()
     ray.init(address=simulated.address, log_to_driver=False)
-    table = Table("seed", "s", "nodes removed", "units begun again", "s lost by these: mean", "largest")
-    every: list[float] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        calm_s = extract(Path(scratch) / "calm", options.units, options.unit_s)
-        expected = contents(Path(scratch) / "calm")
-        print(f"undisturbed: {calm_s:.0f} s", flush=True)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        keep = options.keep or scratch
+        keep.mkdir(parents=True, exist_ok=True)
+        if not (keep / "calm_s").exists():
+            calm_s = extract(keep / "calm", options.units, options.unit_s)
+            (keep / "calm_s").write_text(f"{calm_s:.0f}")
+        expected = contents(keep / "calm")
         for seed in range(options.seed, options.seed + options.repeats):
             while len(nodes) < options.nodes:
                 add(simulated, nodes)
-            out, begun = Path(scratch) / f"{seed}", Begun()
-            with begun.listening(), ThreadPoolExecutor(1) as pool:  # Ray adds nodes in the main thread only
-                extraction = pool.submit(extract, out, options.units, options.unit_s)
-                generator, most = random.Random(seed), options.nodes + 1
-                removed = disturb(simulated, nodes, most, generator, options.pause_s, extraction)
-            seconds = extraction.result()
-            check(out, expected, options.units)
-            every += (lost_s := begun.lost_s() or [0.0])
-            figures = (
-                f"{seconds:.0f}",
-                removed,
-                len(begun.lost_s()),
-                f"{statistics.mean(lost_s):.1f}",
-                f"{max(lost_s):.1f}",
-            )
-            table.add_row(*map(str, (seed, *figures)))
-            print(f"seed {seed}: the same to the byte", *figures, flush=True)
+            repeat = disturbed(simulated, nodes, scratch / f"{seed}", options, seed)
+            check(scratch / f"{seed}", expected, options.units)
+            print(f"the same to the byte: {json.dumps(repeat)}", flush=True)
+            with (keep / "repeats.jsonl").open("a") as file:
+                file.write(json.dumps(repeat) + "\n")
+        show(keep, options)
     ray.shutdown()
     simulated.shutdown()
+
+
+def disturbed(simulated: Any, nodes: list[Any], out: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Makes the dataset while nodes go and come; what happened."""
+    begun = Begun()
+    with begun.listening(), ThreadPoolExecutor(1) as pool:  # Ray adds nodes in the main thread only
+        extraction = pool.submit(extract, out, options.units, options.unit_s)
+        removed = disturb(simulated, nodes, options.nodes + 1, random.Random(seed), options.pause_s, extraction)
+    lost_s = [round(seconds, 2) for seconds in begun.lost_s()]
+    return {"seed": seed, "seconds": round(extraction.result(), 1), "removed": removed, "lost_s": lost_s}
+
+
+def show(keep: Path, options: argparse.Namespace) -> None:
+    """Prints all repeats so far."""
+    repeats = [json.loads(line) for line in (keep / "repeats.jsonl").read_text().splitlines()]
+    title = f"{options.units} units of {options.unit_s:g} s; undisturbed: {(keep / 'calm_s').read_text()} s"
+    table = Table("seed", "s", "nodes removed", "units begun again", "s lost by these: median", "largest", title=title)
+    every = [seconds for repeat in repeats for seconds in repeat["lost_s"]]
+    removed = sum(repeat["removed"] for repeat in repeats)
+    for repeat in (*repeats, {"seed": "all", "seconds": "", "removed": removed, "lost_s": every}):
+        lost_s = repeat["lost_s"]
+        worst = (f"{statistics.median(lost_s):.1f}", f"{max(lost_s):.1f}") if lost_s else ("", "")
+        table.add_row(*map(str, (repeat["seed"], repeat["seconds"], repeat["removed"], len(lost_s), *worst)))
     Console().print(table)
-    print(f"lost by a unit's worst interruption: {max(every):.1f} s (goal: at most {options.unit_s + 10:.0f} s)")
+    print(f"goal: each unit begun again after at most {options.unit_s + 10:g} s")
 
 
 if __name__ == "__main__":
