@@ -406,6 +406,20 @@ def test_columns_keep_their_values_in_a_form_that_json_can_hold(make: Make, web:
     assert plain("\ud800") == "?"
 
 
+def test_text_of_a_parquet_that_is_no_utf8_costs_no_row(make: Make, web: Web, tmp_path: Path) -> None:
+    def text(*cells: bytes | None) -> pa.Array:
+        return pa.array(cells, pa.binary()).view(pa.string())  # as other programs write it; pyarrow itself refuses
+
+    urls = [f"{web.address}/ok/{number}.jpg".encode() for number in range(4)]
+    captions = text(b"fine", b"caf\xe9", None, b"")
+    nested = pa.ListArray.from_arrays([0, 1, 1, 2, 2], text(b"a", b"\xff"))
+    parquet(tmp_path / "a.parquet", {"url": text(*urls), "caption": captions, "tags": nested})
+    samples = everything(make(tmp_path / "a.parquet"))
+    assert [outcome(sample) for sample in samples] == ["ok"] * 4
+    assert [sample.caption for sample in samples] == ["fine", "caf\ufffd", "", ""]
+    assert [sample.meta["tags"] for sample in samples] == [["a"], [], None, []]
+
+
 def test_globs_braces_folders_and_object_stores_are_found(make: Make, tmp_path: Path) -> None:
     for name in ("part-00.parquet", "part-01.parquet", "part-02.parquet", "other.csv", "_SUCCESS", "notes.txt"):
         write(tmp_path / name, columns_of(2)) if name.endswith(("parquet", "csv")) else (tmp_path / name).touch()

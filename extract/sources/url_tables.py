@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from extract.filters import Column
+from extract.filters import Column, listed
 from extract.sources.captions import MAX_METADATA_BYTES
 from extract.sources.tars import expand_braces
 from shards.errors import UsageError, UserError
@@ -176,7 +176,9 @@ class Table:
         with self._open() as file:
             if self.is_parquet:
                 for batch in _parquet_batches(pq.ParquetFile(file), None, cut.start, cut.stop):
-                    yield from ({name: plain(value) for name, value in row.items()} for row in batch.to_pylist())
+                    columns = [listed(column) for column in batch.columns]
+                    for values in zip(*columns, strict=True):
+                        yield {name: plain(v) for name, v in zip(batch.schema.names, values, strict=True)}
             else:
                 file.seek(cut.offset)
                 yield from itertools.islice(self._text_rows(_Lines(file)), cut.stop - cut.start)
