@@ -157,6 +157,16 @@ def test_a_shard_of_img2dataset_arrives_whole_with_its_keys_metadata_and_untouch
     assert list(failures) == ["0000308", "0000309"] and "404" in failures["0000308"]
 
 
+@pytest.mark.parametrize("keep", [0, 100, -20])
+def test_a_damaged_table_beside_a_tar_is_one_failure_and_costs_no_sample(tmp_path: Path, keep: int) -> None:
+    expected = img2dataset_shard(tmp_path)
+    table = tmp_path / "00003.parquet"
+    table.write_bytes(table.read_bytes()[:keep])
+    *samples, failure = read(tmp_path / "00003.tar")
+    assert [sample.key for sample in samples] == list(expected)
+    assert isinstance(failure, Failure) and (failure.key, failure.reason) == ("00003-table", "table_unreadable")
+
+
 SHARED = ((f"{i}.{suffix}", data) for i in range(3) for suffix, data in (("jpg", IMAGE * 30), ("txt", b"words")))
 THREE = tar_bytes(*SHARED)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -109,7 +110,7 @@ class TarSource:
 
     def _read_tar(self, address: str) -> Iterator[RawSample | Failure]:
         stem = address.rsplit("/", 1)[-1].removesuffix(".tar")
-        rows = _img2dataset_rows(address)
+        rows, damage = _img2dataset_rows(address)
         own = self.keys == "own" or (self.keys == "auto" and (rows is not None or _is_ours(address)))
         prefix = "" if own else f"{stem}-"
         arrived: set[str] = set()
@@ -129,6 +130,8 @@ class TarSource:
             problem = f"it cannot be read ({error})"
         if problem:
             yield Failure(legal_key(broken), "read", "bad_tar", f"{address} is not whole: {problem}")
+        if damage:
+            yield Failure(legal_key(f"{prefix}{stem}-table"), "read", "table_unreadable", damage)
         for row in rows or ():
             if row["key"] not in arrived:
                 status = row.get("error_message") or row.get("status") or "it is not in the tar"
@@ -205,7 +208,7 @@ def _last_is_thin(samples: Mapping[str, list[tuple[str, Member]]]) -> bool:
 
 def _count(address: str) -> int:
     with _open(address) as (file, size):
-        return len(_samples(scan(file, size)[0])) + len(_img2dataset_rows(address) or ())
+        return len(_samples(scan(file, size)[0])) + len(_img2dataset_rows(address)[0] or ())
 
 
 def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], filters: Filters) -> RawSample | Failure:
@@ -261,15 +264,20 @@ def _caption_of(meta: Mapping[str, Any]) -> str:
 # ---- beside a tar ----------------------------------------------------------------------------------------------------
 
 
-def _img2dataset_rows(address: str) -> list[dict[str, Any]] | None:
-    """key, status and error_message of every row of the table that img2dataset writes beside its tar; None without one."""
-    fs, path = url_to_fs(address.removesuffix(".tar") + ".parquet")
+def _img2dataset_rows(address: str) -> tuple[list[dict[str, Any]] | None, str]:
+    """key, status and error_message of every row of the table that img2dataset writes beside its tar, None without one; and
+    what is wrong with it: an img2dataset that was killed leaves half of one."""
+    table_address = address.removesuffix(".tar") + ".parquet"
+    fs, path = url_to_fs(table_address)
     if not fs.exists(path):
-        return None
-    with fs.open(path, "rb") as file:
-        table = pq.ParquetFile(file)
-        columns = [name for name in ("key", "status", "error_message") if name in table.schema_arrow.names]
-        return table.read(columns).to_pylist() if "key" in columns else None
+        return None, ""
+    try:
+        with fs.open(path, "rb") as file:
+            table = pq.ParquetFile(file)
+            columns = [name for name in ("key", "status", "error_message") if name in table.schema_arrow.names]
+            return (table.read(columns).to_pylist() if "key" in columns else None), ""
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        return [], f"{table_address} cannot be read, so what failed upstream is not known: {error}"
 
 
 def _is_ours(address: str) -> bool:
