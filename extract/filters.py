@@ -115,6 +115,11 @@ class Filters:
     def needs_captions(self) -> bool:
         return bool(self.caption_scripts) or self.min_caption is not None or self.max_caption is not None
 
+    @property
+    def active(self) -> bool:
+        """Whether there is any filter at all."""
+        return bool(self.needs) or self.needs_captions
+
     def columns(self, available: Sequence[str], table: str) -> dict[str, str]:
         """Which column holds each quantity of `needs`. Raises UsageError if the table lacks one."""
         found: dict[str, str] = {}
@@ -152,7 +157,7 @@ class Filters:
 
     def drop(self, fields: Mapping[str, Any], caption: str) -> tuple[str, str] | None:
         """(reason, message) if a single sample is dropped, by fields of its own; one that it lacks has no value."""
-        if not self.needs and not self.needs_captions:
+        if not self.active:
             return None
         values = {quantity: [self._field(quantity, fields)] for quantity in self.needs}
         return self.drops(values, [caption])[0]

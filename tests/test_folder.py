@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extract.filters import Filters
 from extract.images import ImageRules
 from extract.sources import Failure, RawSample
 from extract.sources.folder import FolderSource, key_of
@@ -215,6 +216,32 @@ def test_rows_that_cannot_be_used_are_counted_one_by_one(tmp_path: Path) -> None
     (tmp_path / "t.jsonl").write_text('{"file": "a.jpg", "caption": "one"}\n{"file": \n[1]\n{"caption": "x"}\n\n')
     reasons = [output.reason for output in outputs(FolderSource(str(tmp_path))) if isinstance(output, Failure)]
     assert reasons == ["bad_row", "bad_row", "bad_row"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_images_are_filtered_by_their_fields_and_captions_before_they_are_read(tmp_path: Path, beside: bool) -> None:
+    fields = [("a", 6.6, "fine"), ("b", 6.4, "low"), ("c", None, "none"), ("d", 7.0, "x"), ("e", 5.0, "not even there")]
+    fill(tmp_path, *(f"{name}.jpg" for name, _, _ in fields[:4]))
+    rows = {f"{name}.jpg": {"aesthetic": score, "caption": caption} for name, score, caption in fields}
+    if beside:
+        for name, row in rows.items():
+            (tmp_path / name).with_suffix(".json").write_text(json.dumps(row))
+    else:
+        (tmp_path / "t.jsonl").write_text(jsonl(*({"file": name, **row} for name, row in rows.items())))
+
+    def found(**filters: Any) -> list[str]:
+        source = open_source({"kind": "folder", "path": str(tmp_path), "filters": filters})
+        return [o.reason if isinstance(o, Failure) else "ok" for unit in source.units(9) for o in source.read(unit)]
+
+    low = "filtered_aesthetic"
+    assert found()[:4] == ["ok"] * 4
+    assert found(min_aesthetic=6.5) == ["ok", low, low, "ok"] + ([] if beside else [low])
+    assert found(min_aesthetic=6.5, missing="keep", min_caption=2)[:4] == ["ok", low, "ok", "filtered_caption_length"]
+    described = [FolderSource(str(tmp_path), filters=Filters(min_caption=n)).describe() for n in (1, 2)]
+    assert described[0] != described[1], "filters choose the samples, so they are a part of the dataset's identity"
+    if not beside:
+        with pytest.raises(UsageError, match="needs the column similarity"):
+            found(min_similarity=0.3)
 
 
 def test_absolute_paths_inside_the_folder_are_understood(tmp_path: Path) -> None:

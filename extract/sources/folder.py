@@ -7,16 +7,18 @@ Memory: planning holds one folder's names, and of a table (csv, tsv, jsonl, parq
 200 bytes a row plus its text; only the driver does. A unit holds paths, and the rows that belong to them.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
+from extract.filters import Filters
 from extract.images import MAX_BYTES
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.captions import (
@@ -69,6 +71,7 @@ class FolderSource:
         one table at the folder's top if there is one, else "beside".
     file_column, caption_column: of the table, or the caption's field of the .json; found by usual names if not given.
     max_bytes, max_caption_bytes: larger images and longer captions are failures.
+    filters: on the fields of the table or of the .json, and on the caption; applied before an image is read.
     """
 
     path: str
@@ -77,6 +80,7 @@ class FolderSource:
     caption_column: str | None = None
     max_bytes: int = MAX_BYTES
     max_caption_bytes: int = MAX_CAPTION_BYTES
+    filters: Filters = field(default_factory=Filters)
 
     @property
     def _folder(self) -> Folder:
@@ -85,7 +89,9 @@ class FolderSource:
     def describe(self) -> dict[str, Any]:
         """The number of inputs, and a digest of the paths and sizes of all files that count and of the table."""
         count, digest = self._listing
-        return {"kind": "folder", "captions": self._table_name or self._captions, "inputs": count, "listing": digest}
+        filters = json.loads(json.dumps(dataclasses.asdict(self.filters)))
+        captions = self._table_name or self._captions
+        return {"kind": "folder", "captions": captions, "inputs": count, "listing": digest, "filters": filters}
 
     def total(self) -> int:
         return self._listing[0]
@@ -159,6 +165,8 @@ class FolderSource:
         table = Table(folder, name, self.file_column, self.caption_column) if name else None
         rows, spare = _rows_by_path(table) if table else ({}, [])
         column = table.caption_column if table else self.caption_column
+        if table:
+            self.filters.columns(table.columns, folder.address(table.name))  # raises UsageError if one is not there
         blank = json.dumps(dict.fromkeys(table.columns)) if table else None  # all samples get the same fields
         empty = not (rows or spare)
         for found in walk(folder):
@@ -194,7 +202,7 @@ class FolderSource:
         path = _unpack(item.path)
         if item.row is not None and _is_outside(path):
             raise ReadProblem("missing_file", f"the table names {show(path)}, which is not inside the folder")
-        image = read(folder, path, self.max_bytes)
+        image = None if self.filters.active else read(folder, path, self.max_bytes)
         meta: dict[str, Any] = {}
         caption = ""
         if item.json is not None:
@@ -207,6 +215,9 @@ class FolderSource:
             caption = caption_of_bytes(data, self.max_caption_bytes)
         else:
             caption = caption_in(meta, item.column, self.max_caption_bytes)
+        if dropped := self.filters.drop(meta, caption):
+            raise ReadProblem(*dropped)
+        image = read(folder, path, self.max_bytes) if image is None else image
         return RawSample(key, image, caption, _checked({**meta, "file": show(path)}))
 
 
