@@ -69,11 +69,10 @@ def make_plan(config: ExtractConfig, *, source: Source | None = None) -> Plan:
             total = source.total()
             if total is None and not isinstance(source, Repeating):  # each unit has a size of its own
                 size = ask("count", first)
-    if total is None:
-        units = sum(1 for _ in source.units(config.run.shard_size, limit))
-        inputs = units * size
-    inputs = min(total or inputs, limit or 1 << 62)
-    units = units if total is None else math.ceil(inputs / size)
+    known = total is not None and isinstance(source, Repeating)  # cutting units would search all rows for repeated URLs
+    units = 0 if known else sum(1 for _ in source.units(config.run.shard_size, limit))
+    inputs = min(units * size if total is None else total, limit or 1 << 62)
+    units = math.ceil(inputs / size) if known else units
     return Plan(config.out, units, inputs, total is not None, min(done, units), probe, staff)
 
 

@@ -157,6 +157,17 @@ def test_a_shard_of_img2dataset_arrives_whole_with_its_keys_metadata_and_untouch
     assert list(failures) == ["0000308", "0000309"] and "404" in failures["0000308"]
 
 
+def test_the_statistics_of_img2dataset_tell_how_many_inputs_there_are(tmp_path: Path) -> None:
+    img2dataset_shard(tmp_path)
+    source = TarSource((f"{tmp_path}/*.tar",))
+    assert source.total() == 8 == sum(1 for unit in source.units(1000) for _ in source.read(unit))
+    for broken in (b"{", b"[]", b'{"count": "8"}', b'{"count": -1}'):
+        (tmp_path / "00003_stats.json").write_bytes(broken)
+        assert source.total() is None
+    write(tmp_path / "00004.tar", THREE)
+    assert source.total() is None
+
+
 @pytest.mark.parametrize("keep", [0, 100, -20])
 def test_a_damaged_table_beside_a_tar_is_one_failure_and_costs_no_sample(tmp_path: Path, keep: int) -> None:
     expected = img2dataset_shard(tmp_path)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ CAPTION_SUFFIXES = ("txt", "caption")
 CAPTION_FIELDS = ("caption", "text", "TEXT", "prompt")
 MAX_TEXT_BYTES = 1 << 20
 """Captions and json above this are refused; they are read whole into memory."""
+_COUNTED_TARS = 10_000
 
 Where = dict[str, Member]
 """The members of one sample: suffix -> place."""
@@ -86,7 +88,13 @@ class TarSource:
         }
 
     def total(self) -> int | None:
-        return None  # only a scan of every tar would tell
+        """By the statistics that img2dataset writes beside its tars; without them only a scan of every tar would tell."""
+        addresses = self.addresses()
+        if len(addresses) > _COUNTED_TARS:
+            return None
+        with ThreadPoolExecutor(16) as pool:
+            counts = list(pool.map(_stated_count, addresses))
+        return None if None in counts else sum(count for count in counts if count)
 
     def units(self, shard_size: int, limit: int | None = None) -> Iterator[Unit]:
         """One unit for each tar; `shard_size` does not apply. `limit` counts samples by scanning the tars' headers."""
@@ -278,6 +286,16 @@ def _img2dataset_rows(address: str) -> tuple[list[dict[str, Any]] | None, str]:
             return (table.read(columns).to_pylist() if "key" in columns else None), ""
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         return [], f"{table_address} cannot be read, so what failed upstream is not known: {error}"
+
+
+def _stated_count(address: str) -> int | None:
+    """How many rows img2dataset says that it tried for a tar; None if it does not say."""
+    fs, path = url_to_fs(address.removesuffix(".tar") + "_stats.json")
+    try:
+        count = json.loads(fs.cat_file(path))["count"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return count if isinstance(count, int) and count >= 0 else None
 
 
 def _is_ours(address: str) -> bool:
