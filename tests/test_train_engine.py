@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from shards.errors import UserError
 from tests import training
 from tests.training import Averages, in_processes, run_averages, seen_keys
-from train.checkpoint import Checkpoint, Checkpoints
+from train.checkpoint import Checkpoint, Checkpoints, optimiser_tensors, restore_optimiser
+from train.config import LoopConfig
+from train.engine import make_optimiser
 from train.log import read_log
 
 
@@ -147,6 +150,30 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_last_good_checkpoint_stays(sh
     assert _final(tmp_path).step == 2
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002"]
     assert run_averages(shards, tmp_path, Averages(), steps=4).finished
+
+
+def test_an_optimiser_comes_back_in_the_memory_layout_of_its_weights() -> None:
+    def layers() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.SiLU(), nn.Conv2d(16, 4, 3))
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net, make_optimiser(LoopConfig(steps=4, batch=1, learning_rate=0.1), list(net.parameters()))
+
+    def learn(net: nn.Module, optimiser: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(number))
+            net(x).square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    (calm, calm_optimiser), (net, optimiser), (resumed, resumed_optimiser) = layers(), layers(), layers()
+    learn(calm, calm_optimiser, range(4))
+    learn(net, optimiser, range(2))
+    resumed.load_state_dict({name: tensor.contiguous() for name, tensor in net.state_dict().items()})
+    stored = {name: tensor.clone().contiguous() for name, tensor in optimiser_tensors(optimiser).items()}
+    restore_optimiser(resumed_optimiser, stored)
+    learn(resumed, resumed_optimiser, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), resumed.parameters(), strict=True))
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -56,11 +56,18 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of optimiser_tensors."""
+    """The inverse of optimiser_tensors.
+
+    A slot gets the memory layout of its parameter: fused optimisers go through both as they lie in memory.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, slot = name.split(".", 1)
-        slots.setdefault(int(number), {})[slot] = tensor
+        parameter = parameters[int(number)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        slots.setdefault(int(number), {})[slot] = tensor.detach()
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
