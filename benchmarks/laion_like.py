@@ -10,7 +10,7 @@ these tables and allowed to ask this server) and FOLDER/expected.json (how many 
 interrupted. In another terminal: make extract DATA=FOLDER/laion_like.toml
 
 --check says for every row of a dataset that was made of them whether it ended as a row of its sort must; a failure
-that another attempt may mend (a timeout on a busy machine) is counted apart.
+that another attempt may mend (a timeout on a busy machine) is counted apart. What `shards stats` counts must agree.
 
 The server listens on many addresses of the loopback network, 127.0.0.1 to 127.0.0.24, as so many hosts. The same rows
 and images are made every time.
@@ -37,6 +37,7 @@ from rich.table import Table
 
 from extract.reasons import is_passing
 from shards.dataset import Dataset
+from shards.stats import stats
 from tests.web import Web, photograph
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 25)]
@@ -240,10 +241,15 @@ def check(out: str, rows: int) -> None:
     Console().print(table)
     if wrong:
         raise SystemExit(f"{wrong} rows ended as no row of their sort may")
+    figures = stats(out, sample=0)
+    said = Counter({"ok": figures["counts"]["ok"]}) + Counter(figures["failures"]) + Counter(figures["drops"])
+    if said != Counter(ends.values()):
+        raise SystemExit(f"`shards stats` counts {said}, but the shards list {Counter(ends.values())}")
     missing = {reason for ends in OUTCOMES.values() for reason in ends[:1]} - set(Counter(ends.values()))
     reasons = len(set(ends.values()) - {"ok"})
     print(
-        f"all {rows} rows are accounted for, with {reasons} different reasons; not seen: {', '.join(missing) or 'none'}"
+        f"all {rows} rows are accounted for, here and in `shards stats`, with {reasons} different reasons; not seen: "
+        f"{', '.join(sorted(missing)) or 'none'}"
     )
 
 
