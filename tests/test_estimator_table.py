@@ -50,6 +50,8 @@ def test_a_toml_mixes_rows_and_describes_ones_own(tmp_path: Path) -> None:
     assert find_set(str(mixed)).rows == {}
     mixed.write_text('line = "mine"\n[row.mine]\nlike = "teed"\nrevision = "abc"\n')
     assert find_set(str(mixed)).row("line").weights == Published("fal-ai/teed", "abc")
+    mixed.write_text('line = "mine"\n[row.mine]\nlike = "hed"\nrepo = "me/lines"\n')
+    assert find_set(str(mixed)).row("line").weights == Published("me/lines", "main")  # not hed's commit
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,11 @@ def test_restrictions_of_a_licence_are_said_at_the_start_and_shown_in_the_list()
         [sys.executable, "-m", "extract", "--list-estimators"], capture_output=True, text=True, check=True
     )
     for row in ROWS.values():
-        assert row.name in listed.stdout and row.licence in " ".join(listed.stdout.split())
+        said = " ".join(listed.stdout.split())
+        assert row.name in said and row.licence in said
+        if isinstance(row.weights, Published):  # that a branch may move on is said
+            pin = f"@{row.weights.revision[:8]}:" if row.weights.pinned else " (branch main, not pinned):"
+            assert f"{row.weights.repo}{pin}" in said
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Nothing is ever unpickled that could run code.
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +31,14 @@ class Published:
     repo: str
     revision: str = "main"
 
+    @property
+    def pinned(self) -> bool:
+        return re.fullmatch("[0-9a-f]{40}", self.revision) is not None
+
     def __str__(self) -> str:
-        return self.repo if self.revision == "main" else f"{self.repo}@{self.revision[:8]}"
+        if self.revision == "main":
+            return self.repo
+        return f"{self.repo}@{self.revision[:8] if self.pinned else self.revision}"
 
 
 Weights = Path | str | Published

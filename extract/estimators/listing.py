@@ -27,11 +27,16 @@ def show() -> None:
 
 def _about(row: Row) -> str:
     """What a row is, where its weights are published, and how it is run."""
-    place = [f"{row.weights}: {', '.join(row.files)}"] if isinstance(row.weights, Published) else []
+    place = [f"{_published(row.weights)}: {', '.join(row.files)}"] if isinstance(row.weights, Published) else []
     size = [f"{row.params_m:g} M parameters"] if row.params_m else []
     memory = [f"about {row.image_mb} MB an image"] if row.image_mb else []
     how = ", ".join([*([row.resolution] if row.resolution else []), f"batches of up to {row.batch}", *size, *memory])
     return "\n".join([row.what, *place, how])
+
+
+def _published(weights: Published) -> str:
+    """Where weights are published; whether fetching them again may bring others."""
+    return str(weights) if weights.pinned else f"{weights} (branch {weights.revision}, not pinned)"
 
 
 def rows_of(chosen: EstimatorSet) -> list[Row]:

@@ -84,7 +84,9 @@ def _row(name: str, columns: Mapping[str, Any], rows: Mapping[str, Row], where: 
     place: Weights | None = base.pop("weights", None)
     given["settings"] = {**base.get("settings", {}), **given.get("settings", {})}
     if repo or revision:
-        known = place if isinstance(place, Published) else Published("")
+        known = (
+            place if isinstance(place, Published) and not repo else Published("")
+        )  # a revision is one of its repository
         place = Published(str(repo or known.repo), str(revision or known.revision))
     elif weights is not None:
         place = str(weights) if "://" in str(weights) else Path(str(weights)).expanduser()
