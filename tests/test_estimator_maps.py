@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from extract.estimators import controlnet_lines as lines
-from extract.estimators.batching import Resolution, buckets, resized, unit_normals
+from extract.estimators.batching import Resolution, buckets, metric_depth, resized, unit_normals
 from extract.estimators.marigold import affine_to_inverse
 from extract.estimators.normal_bae import SIGNS as BAE_SIGNS
 from extract.estimators.panoptic import Panoptic, Rules, segments
@@ -43,6 +43,12 @@ def test_relative_depth_is_stored_as_inverse_depth_larger_is_nearer() -> None:
 def test_metric_depth_is_stored_in_metres() -> None:
     depth = depth_of("metric")
     assert depth.info["kind"] == "metric" and depth.values.tolist() == NEAR_LEFT.tolist()
+
+
+@pytest.mark.parametrize("focal_px", [-14.0, 0.0, np.nan, np.inf])
+def test_depth_for_a_focal_length_that_no_camera_has_is_refused(focal_px: float) -> None:
+    with pytest.raises(ValueError, match="fits no camera"):
+        metric_depth(NEAR_LEFT.numpy(), focal_px, "estimated")
 
 
 def test_canonical_inverse_depth_becomes_metres_by_the_estimated_focal_length_which_is_recorded() -> None:

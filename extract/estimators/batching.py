@@ -20,6 +20,7 @@ from shards.intrinsics import DEPTH_NEAR_M, IntrinsicMap
 
 Size = tuple[int, int]
 """(height, width)"""
+SHORTEST_FOCAL_PX = 0.001  # to what it is rounded
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -197,7 +198,12 @@ def resized(x: Tensor, size: Size) -> Tensor:
 
 
 def metric_depth(depth_m: np.ndarray, focal_px: float = 0.0, focal_from: str = "") -> IntrinsicMap:
-    """Depth in metres (H, W), never below what can be stored; what is not finite is invalid."""
+    """Depth in metres (H, W), never below what can be stored; what is not finite is invalid.
+
+    Raises ValueError when a focal length that the network found is no camera's: depth for it means nothing.
+    """
+    if focal_from and not SHORTEST_FOCAL_PX <= focal_px < np.inf:
+        raise ValueError(f"what the network sees fits no camera: its focal length comes out as {focal_px:.3f} px")
     z = np.where(np.isfinite(depth_m), np.maximum(depth_m, DEPTH_NEAR_M), np.nan).astype(np.float32)
     focal = {"focal_px": round(float(focal_px), 3), "focal_from": focal_from} if focal_px else {}
     return IntrinsicMap(z, {"kind": "metric", **focal})

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from extract.estimators import Estimator
 from extract.estimators.demo_net import DemoNet, load_demo_net
@@ -60,13 +61,19 @@ class DemoEstimator:
     @torch.inference_mode()
     def _forward(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, h, w, 3) -> float32 (N, 7, h, w): log depth, sky, normal, boundary and line, the last as logits."""
+        x = self.input(images)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            p = self.net(x)
+        channels = torch.cat([torch.stack([p.log_depth, p.sky, p.boundary, p.line], dim=1), p.normal], dim=1)
+        height, width = images.shape[1:3]
+        return channels[:, :, :height, :width].float().cpu().numpy()
+
+    def input(self, images: np.ndarray) -> Tensor:
+        """uint8 (N, h, w, 3) -> float32 (N, 3, h, w) in [0, 1] on the device, filled up to the network's stride."""
         x = torch.from_numpy(images).to(self.net.head.weight.device).permute(0, 3, 1, 2).float() / 255
         height, width, stride = *x.shape[2:], self.net.config.stride
         x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            p = self.net(x.contiguous(memory_format=torch.channels_last))
-        channels = torch.cat([torch.stack([p.log_depth, p.sky, p.boundary, p.line], dim=1), p.normal], dim=1)
-        return channels[:, :, :height, :width].float().cpu().numpy()
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 def _maps(raw: np.ndarray, size: tuple[int, int]) -> dict[str, IntrinsicMap]:

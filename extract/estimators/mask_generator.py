@@ -116,20 +116,24 @@ class MaskGenerator:
         for i, frame in enumerate(frames):
             yield self._survivors(found[torch.nonzero(found.owner == i).flatten()], frame)
 
-    def _candidates(self, features: ImageFeatures, frames: Sequence[Frame]) -> Candidates:
-        settings = self.settings
+    def decoded(self, features: ImageFeatures, frames: Sequence[Frame]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The whole grid, a chunk of prompts at a time: of those with a mask of enough quality the image (N,), the quality
+        (N, 3) and the logits (N, 3, S, S)."""
         device = features.positions.device
-        grid = point_grid(settings.points_per_side).to(device)
+        grid = point_grid(self.settings.points_per_side).to(device)
         extent = torch.tensor([[f.columns, f.rows] for f in frames], dtype=torch.float32).to(device)
         tokens = self.decoder.tokens(grid[None] * extent[:, None])  # (B, P, n, C)
-        shown = _shown(frames, self.decoder.mask_side).to(device)
-        step = max(1, (settings.prompts_at_once or _prompts_for(device)) // len(frames))
+        step = max(1, (self.settings.prompts_at_once or _prompts_for(device)) // len(frames))
+        for chunk in tokens.split(step, dim=1):
+            chosen, quality, logits = self.decoder.decode(features, chunk, self.settings.quality)
+            yield chosen // chunk.shape[1], quality, logits
+
+    def _candidates(self, features: ImageFeatures, frames: Sequence[Frame]) -> Candidates:
+        settings = self.settings
+        shown = _shown(frames, self.decoder.mask_side).to(features.positions.device)
         padded = any(frame.rows < frame.side or frame.columns < frame.side for frame in frames)
         found = []
-        for start in range(0, len(grid), step):
-            chunk = tokens[:, start : start + step]
-            chosen, quality, logits = self.decoder.decode(features, chunk, settings.quality)
-            owner = chosen // chunk.shape[1]
+        for owner, quality, logits in self.decoded(features, frames):
             stability = stability_of(
                 logits, settings.mask_threshold, settings.stability_offset, shown[owner, None] if padded else None
             )

@@ -73,12 +73,17 @@ class SquareEncoder:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> tuple[ImageFeatures, list[Frame]]:
-        frames = [self._frame(image) for image in images]
+        frames = [self.frame(image) for image in images]
         pixels = torch.cat([self.pixels(image, frame) for image, frame in zip(images, frames, strict=True)])
-        maps: Any = self.model.get_image_embeddings(pixels)
-        return self.decoder.features([maps] if isinstance(maps, Tensor) else maps), frames
+        return self.features(pixels), frames
 
-    def _frame(self, image: np.ndarray) -> Frame:
+    def features(self, pixels: Tensor) -> ImageFeatures:
+        """(B, 3, side, side), normalised -> what the decoder needs."""
+        maps: Any = self.model.get_image_embeddings(pixels)
+        return self.decoder.features([maps] if isinstance(maps, Tensor) else maps)
+
+    def frame(self, image: np.ndarray) -> Frame:
+        """Where an image (H, W, 3) comes to lie in the square."""
         (height, width), side = image.shape[:2], self.decoder.prompt_encoder.input_image_size
         if self.decoder.upscales_with_features:
             return Frame(height, width, side, side, side)
