@@ -125,7 +125,12 @@ class Web:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while request := await reader.readuntil(b"\r\n\r\n"):
+            while begin := await reader.read(1):
+                if begin == b"\x16":  # of a TLS handshake: answered as web servers do whose port speaks plain HTTP
+                    writer.write(head("400 Bad Request", length=0))
+                    await writer.drain()
+                    break
+                request = begin + await reader.readuntil(b"\r\n\r\n")
                 path = request.split(b" ", 2)[1].decode()
                 self.requests[path] += 1
                 self.headers.append(request.decode("latin-1"))
