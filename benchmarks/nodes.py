@@ -64,10 +64,11 @@ def add(simulated: Any, nodes: list[Any]) -> None:
 
 
 class Begun:
-    """While it listens: the moments at which each unit was given to a worker."""
+    """While it listens: the moments at which each unit was given to a worker, and at which that worker's death was known."""
 
     def __init__(self) -> None:
         self.moments: dict[int, list[float]] = {}
+        self.known: dict[int, list[float]] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -78,12 +79,26 @@ class Begun:
             self.moments.setdefault(job.unit.index, []).append(time.monotonic())
             return ask(job, worker)
 
-        with mock.patch.object(cluster.Job, "ask", note):
+        ended = cluster.Dispatcher._ended
+
+        def hear(dispatcher: cluster.Dispatcher, job: cluster.Job, answer: Any) -> None:
+            if isinstance(answer, cluster.Died):
+                self.known.setdefault(job.unit.index, []).append(time.monotonic())
+            ended(dispatcher, job, answer)
+
+        with mock.patch.object(cluster.Job, "ask", note), mock.patch.object(cluster.Dispatcher, "_ended", hear):
             yield
 
     def lost_s(self) -> list[float]:
         """For each beginning that came to nothing, the seconds until the next one of the same unit."""
         return [after - before for moments in self.moments.values() for before, after in pairwise(moments)]
+
+    def known_s(self) -> list[float]:
+        """Of these, the seconds until the driver knew; the rest is the wait for a worker that was free."""
+        pairs = (
+            zip(self.moments[unit], known, strict=False) for unit, known in self.known.items()
+        )  # the last one did well
+        return [known - before for pair in pairs for before, known in pair]
 
 
 def extract(out: Path, units: int, unit_s: float) -> float:
@@ -154,8 +169,9 @@ def disturbed(simulated: Any, nodes: list[Any], out: Path, options: argparse.Nam
     with begun.listening(), ThreadPoolExecutor(1) as pool:  # Ray adds nodes in the main thread only
         extraction = pool.submit(extract, out, options.units, options.unit_s)
         removed = disturb(simulated, nodes, options.nodes + 1, random.Random(seed), options.pause_s, extraction)
-    lost_s = [round(seconds, 2) for seconds in begun.lost_s()]
-    return {"seed": seed, "seconds": round(extraction.result(), 1), "removed": removed, "lost_s": lost_s}
+    lost_s, known_s = ([round(seconds, 2) for seconds in found] for found in (begun.lost_s(), begun.known_s()))
+    seconds = round(extraction.result(), 1)
+    return {"seed": seed, "seconds": seconds, "removed": removed, "lost_s": lost_s, "known_s": known_s}
 
 
 def show(keep: Path, options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ MAX_FAILED_STARTS = 10  # in a row; those of nodes that go away while their work
 POLL_S = 1.0
 POLLED = 16  # workers that are asked for their progress at a time; a question costs the driver a millisecond
 CPU_THREADS, GPU_THREADS = 2, 16  # of a worker, for decoding; the same again for encoding
-LOOK_S = 10.0  # between two looks at how many nodes there are
+LOOK_S = 2.0  # between two looks at how many nodes there are, so that new ones begin soon
 
 
 @contextmanager
