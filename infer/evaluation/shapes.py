@@ -142,13 +142,12 @@ class Detector:
             for image, things in zip(small, found, strict=True)
             for one in things
         ]
-        rows: list[dict[str, np.ndarray]] = []
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
         for start in range(0, len(cuts), self.batch):
             part = torch.from_numpy(np.stack(cuts[start : start + self.batch])).permute(0, 3, 1, 2)
-            shapes, colours = (logits.softmax(1).numpy() for logits in self.shapes(part))
-            rows += [{"shapes": row, "colours": other} for row, other in zip(shapes, colours, strict=True)]
+            rows += zip(*(logits.softmax(1).numpy() for logits in self.shapes(part)), strict=True)
         likely = iter(rows)
-        return [[dataclasses.replace(one, **next(likely)) for one in things] for things in found]
+        return [[_renamed(one, *next(likely)) for one in things] for things in found]
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         """An image at the working size, by area means."""
@@ -166,6 +165,10 @@ class Detector:
             for name, tensor in sorted(net.state_dict().items()):
                 total.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return total.hexdigest()[:8]
+
+
+def _renamed(one: Found, shapes: np.ndarray, colours: np.ndarray) -> Found:
+    return dataclasses.replace(one, shapes=shapes, colours=colours)
 
 
 def surest(candidates: Sequence[Found]) -> list[Found]:
