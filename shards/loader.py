@@ -13,18 +13,17 @@ a block again once its batch is gone: fresh pages cost ten times the copying.
 import os
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from shards.order import Sampler
-from shards.stream import Stream
 
 _ALIGNED = 64  # bytes
 _ROUNDED = 1 << 20  # bytes; batches of about one size then fit each other's blocks
@@ -36,61 +35,78 @@ class Blocks:
     """The shared memory of one worker. The first byte of a block is 1 as long as its batch is on its way or in use."""
 
     mine: list[Tensor] = field(default_factory=list)
+    usual: int = 0
+    """Bytes of the largest batch so far: what the next one is given at first."""
 
     def take(self, size: int) -> Tensor:
         """A block of at least `size` bytes, uint8 (N,): one whose batch is gone, or a new one."""
-        spare = [block for block in self.mine if not block[0]]
-        chosen = next((block for block in spare if len(block) >= size), None)
-        surplus = {id(block) for block in spare[:-_SPARE] if block is not chosen}
-        self.mine = [block for block in self.mine if id(block) not in surplus]
-        if chosen is None:
+        spare = [block for block in self.mine if not block[0] and len(block) >= size]
+        self.mine = [block for block in self.mine if block[0]] + spare[:_SPARE]
+        if spare:
+            chosen = spare[0]
+        else:
             whole = size + -size % _ROUNDED
             chosen = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(whole))
             self.mine.append(chosen)
         chosen[0] = 1
         return chosen
 
+    def larger(self, block: Tensor, used: int, size: int) -> Tensor:
+        """Another block of at least `size` bytes that begins with the first `used` of this one, which is given back."""
+        other = self.take(max(size, 2 * len(block)))
+        other.numpy()[:used] = block.numpy()[:used]
+        block[0] = 0
+        return other
+
 
 @dataclass(frozen=True)
 class Block:
-    """A batch on its way. head: its pickle without the arrays. places: of each array in data, uint8 (N,)."""
+    """A batch on its way. heads: of each item its pickle without the arrays, and their places in data, uint8 (N,)."""
 
-    head: bytes
-    places: list[tuple[int, int]]
+    heads: list[tuple[bytes, list[tuple[int, int]]]]
     data: Tensor
 
     @classmethod
-    def of(cls, batch: Any, blocks: Blocks) -> "Block":
-        """Any structure that pickle knows, with numpy arrays and torch tensors (on the CPU) in it."""
-        buffers: list[pickle.PickleBuffer] = []
-        file = BytesIO()
-        _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(batch)
-        places, end = [], _ALIGNED
-        for buffer in buffers:
-            size = buffer.raw().nbytes
-            places.append((end, end + size))
-            end += size + -size % _ALIGNED
-        data = blocks.take(end)
-        view = data.numpy()
-        for (start, stop), buffer in zip(places, buffers, strict=True):
-            view[start:stop] = np.frombuffer(buffer.raw(), np.uint8)
-        return cls(file.getvalue(), places, data)
+    def of(cls, items: Iterable[Any], blocks: Blocks) -> "Block":
+        """Items of any structure that pickle knows, with numpy arrays and torch tensors (on the CPU) in it.
+
+        Each is copied as soon as it comes: made one by one, they are still in the processor's cache.
+        """
+        heads, end, data = [], _ALIGNED, blocks.take(max(blocks.usual, _ALIGNED))
+        for item in items:
+            buffers: list[pickle.PickleBuffer] = []
+            file, places, used = BytesIO(), [], end
+            _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(item)
+            for buffer in buffers:
+                size = buffer.raw().nbytes
+                places.append((end, end + size))
+                end += size + -size % _ALIGNED
+            if end > len(data):
+                data = blocks.larger(data, used, end)
+            view = data.numpy()
+            for (start, stop), buffer in zip(places, buffers, strict=True):
+                view[start:stop] = np.frombuffer(buffer.raw(), np.uint8)
+            heads.append((file.getvalue(), places))
+        blocks.usual = max(blocks.usual, end)
+        return cls(heads, data)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Arrived, (self.head, self.places, self.data)
+        return Arrived, (self.heads, self.data)
 
 
 class Arrived:
     """A block in the process that asked for it. Its worker may use it again as soon as nothing refers to its bytes."""
 
-    def __init__(self, head: bytes, places: list[tuple[int, int]], data: Tensor) -> None:
-        self._head, self._places, self._bytes = head, places, data.numpy()
+    def __init__(self, heads: list[tuple[bytes, list[tuple[int, int]]]], data: Tensor) -> None:
+        self._heads, self._bytes = heads, data.numpy()
         weakref.finalize(self._bytes, _release, data[:1].numpy(), os.getpid()).atexit = False
 
-    def open(self) -> Any:
-        """The batch. Its arrays and tensors are views of the block."""
+    def open(self) -> list[Any]:
+        """The items. Their arrays and tensors are views of the block."""
         view = self._bytes.data
-        return pickle.loads(self._head, buffers=[view[start:stop] for start, stop in self._places])
+        return [
+            pickle.loads(head, buffers=[view[start:stop] for start, stop in places]) for head, places in self._heads
+        ]
 
 
 def _release(in_use: np.ndarray, process: int) -> None:
@@ -110,36 +126,46 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A collate function whose result travels as a block."""
+class Items(Protocol):
+    """What a StreamLoader reads: a Stream, or anything that is asked for positions as one is."""
 
-    collate: Callable[[list[Any]], Any]
-    blocks: Blocks = field(default_factory=Blocks)  # each worker, forked or started, goes on with its own copy
+    def iterate(self, positions: Sequence[int]) -> Iterable[Any]: ...
 
-    def __call__(self, items: list[Any]) -> Block:
-        return Block.of(self.collate(items), self.blocks)
+
+class _Packed(Dataset[Block]):
+    """Items that travel as blocks, each batch's. Every worker, forked or started, goes on with blocks of its own."""
+
+    def __init__(self, items: Items, collate: Callable[[list[Any]], Any] | None) -> None:
+        self._items, self._collate, self._blocks = items, collate, Blocks()
+
+    def __getitems__(self, positions: Sequence[int]) -> Block:
+        found = self._items.iterate(positions)
+        return Block.of(found if self._collate is None else [self._collate(list(found))], self._blocks)
 
 
 class StreamLoader(DataLoader):
     """options: those of DataLoader, but for what decides the order (batch_size, sampler, shuffle, ...).
 
-    stream: a Stream, or anything that is asked for positions as one is. collate_fn: makes a batch of the items of one;
-    without it a batch is their list.
+    collate_fn: makes a batch of the items of one; without it a batch is their list.
     """
 
-    def __init__(self, stream: Stream | Any, sampler: Sampler, **options: Any) -> None:
-        collate = options.pop("collate_fn", None) or list
-        self._packs = bool(options.get("num_workers"))
-        options["collate_fn"] = _Packed(collate) if self._packs else collate
-        super().__init__(stream, batch_sampler=sampler, **options)  # type: ignore[arg-type]
+    def __init__(self, stream: Items, sampler: Sampler, **options: Any) -> None:
+        collate = options.pop("collate_fn", None)
+        self._packs, self._collates = bool(options.get("num_workers")), collate is not None
+        if self._packs:
+            super().__init__(_Packed(stream, collate), batch_sampler=sampler, collate_fn=_as_it_is, **options)  # type: ignore[arg-type]
+        else:
+            super().__init__(stream, batch_sampler=sampler, collate_fn=collate or list, **options)  # type: ignore[arg-type]
         self._sampler = sampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches from the sampler's `consumed` on. A batch counts as consumed as soon as it is handed out."""
         for batch in super().__iter__():
             self._sampler.advance()
-            yield batch.open() if self._packs else batch
+            if not self._packs:
+                yield batch
+            else:
+                yield batch.open()[0] if self._collates else batch.open()
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: after the last batch that was handed out."""
@@ -148,3 +174,7 @@ class StreamLoader(DataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state; takes effect with the next `iter(loader)`."""
         self._sampler.load_state_dict(state)
+
+
+def _as_it_is(block: Block) -> Block:
+    return block

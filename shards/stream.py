@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +123,11 @@ class Stream:
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        """The items of one batch, read at once and decoded side by side; a DataLoader calls this."""
+        """The items of one batch; a DataLoader calls this."""
+        return list(self.iterate(positions))
+
+    def iterate(self, positions: Sequence[int]) -> Iterator[Any]:
+        """The items of one batch one by one, read at once and decoded side by side."""
         if self.buckets and len({position // self.chunk for position in positions}) > 1:
             raise UsageError(
                 f"a batch reaches over chunks of {self.chunk} positions, so it would mix buckets; make the stream's chunk "
@@ -131,7 +135,7 @@ class Stream:
             )
         here = self._here
         here.read_ahead(positions, self._read, self._announce)
-        return list(here.decoders.map(self._item, positions) if here.decoders else map(self._item, positions))
+        yield from here.decoders.map(self._item, positions) if here.decoders else map(self._item, positions)
 
     def key(self, position: int) -> str:
         """The key at a position, by the index alone."""

@@ -244,28 +244,44 @@ def test_a_batch_that_is_held_stays_as_it_is_while_its_worker_uses_the_blocks_of
     assert len(held) == 12
 
 
+def _block(values: np.ndarray, blocks: Blocks) -> Block:
+    return Block.of([{"a": values}], blocks)
+
+
 def test_a_worker_takes_a_block_again_once_its_batch_is_gone_and_keeps_few_without_one() -> None:
     blocks = Blocks()
-    batches = [Block.of({"a": np.full(100, i)}, blocks) for i in range(10)]
+    batches = [_block(np.full(100, i), blocks) for i in range(10)]
     assert len({batch.data.data_ptr() for batch in batches}) == 10
-    head, places, data = batches[3].head, batches[3].places, batches[3].data
-    arrived = Arrived(head, places, data)
-    array = arrived.open()["a"][::2]
+    arrived = Arrived(batches[3].heads, batches[3].data)
+    array = arrived.open()[0]["a"][::2]
     del arrived
-    other = Block.of({"a": np.zeros(3)}, blocks)
+    other = _block(np.zeros(3), blocks)
     assert other.data.data_ptr() not in {batch.data.data_ptr() for batch in batches} and (array == 3).all()
     del array
-    assert Block.of({"a": np.zeros(3)}, blocks).data.data_ptr() == data.data_ptr()
+    assert _block(np.zeros(3), blocks).data.data_ptr() == batches[3].data.data_ptr()
     for batch in batches:
         batch.data[0] = 0
-    assert Block.of({"a": np.zeros(3 << 20)}, blocks).data.nbytes >= 24 << 20  # none of the ten is large enough
-    assert sum(not block[0] for block in blocks.mine) == 4
+    _block(np.zeros(3), blocks)
+    assert len(blocks.mine) == 5  # the other one, and four
+    assert len(_block(np.zeros(3 << 20), blocks).data) >= 24 << 20
+    assert len(blocks.mine) == 4  # two in use, the new one, and the one that it outgrew
+
+
+def test_a_block_that_turns_out_too_small_is_changed_for_a_larger_one() -> None:
+    items = [{"a": np.full(50_000 * i, i), "i": i} for i in range(1, 8)]
+    blocks = Blocks()
+    for _ in range(2):
+        block = Block.of(iter(items), blocks)
+        found = Arrived(block.heads, block.data).open()
+        assert [item["i"] for item in found] == list(range(1, 8))
+        assert all(np.array_equal(mine["a"], theirs["a"]) for mine, theirs in zip(found, items, strict=True))
+        del found
 
 
 def test_a_fork_of_the_receiver_does_not_give_blocks_back() -> None:
-    block = Block.of({"a": np.ones(3)}, Blocks())
-    arrived = Arrived(block.head, block.places, block.data)
-    child = multiprocessing.get_context("fork").Process(target=arrived.__init__, args=(b"", [], block.data))
+    block = _block(np.ones(3), Blocks())
+    arrived = Arrived(block.heads, block.data)
+    child = multiprocessing.get_context("fork").Process(target=arrived.__init__, args=([], block.data))  # type: ignore[misc]
     child.start()  # there, the bytes that `arrived` held are let go
     child.join()
     assert child.exitcode == 0 and block.data[0] == 1

@@ -6,7 +6,7 @@ number of processes, loader workers and accumulation steps, and a resumed run go
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,6 +225,10 @@ class Samples:
             if name[2] == sample.key:  # else it stands in for a corrupt one
                 self._kept[name] = sample
         return [found[position] for position in positions]
+
+    def iterate(self, positions: Sequence[int]) -> Iterable[Sample]:
+        """The same one by one, as they are made."""
+        return self.__getitems__(positions) if self.in_memory else self.stream.iterate(positions)
 
     def _name(self, position: int) -> tuple[int, bool, str]:
         flip = bool(np.random.default_rng([self.stream.seed, position]).random() < self.config.flip)
