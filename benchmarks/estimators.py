@@ -106,7 +106,7 @@ def of_sam(estimator: SamEstimator, images: list[np.ndarray]) -> Callable[[], ob
 
 
 def of_demo(estimator: DemoEstimator, images: list[np.ndarray]) -> Callable[[], object]:
-    x = estimator.input(np.stack(images))
+    x = estimator.input(np.stack([estimator.shrink(image) for image in images]))
 
     @torch.inference_mode()
     def forward() -> None:

@@ -22,7 +22,7 @@ from extract.estimators.mask_generator import (
     survivors_of_nms,
     upsample,
 )
-from extract.estimators.sam import SquareEncoder, load, segmentation
+from extract.estimators.sam import SquareEncoder, load, make_generator, segmentation
 from shards.errors import UsageError, UserError
 from shards.intrinsics import INTRINSICS, order_segments
 from tests.random_sam import (
@@ -86,6 +86,19 @@ def test_masks_are_drawn_only_for_points_with_a_mask_of_enough_quality(sam2: Any
     assert chosen.tolist() == torch.nonzero(quality.amax(1) > minimum).flatten().tolist()
     torch.testing.assert_close(some_quality, quality[chosen])
     torch.testing.assert_close(some_logits, logits[chosen], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [sam2_small, edgetam_small])
+def test_the_encoder_makes_the_same_maps_without_the_codes_of_places_that_nobody_reads(make: Any) -> None:
+    model = make()
+    pixels = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        expected = model.get_image_embeddings(pixels)
+        make_generator(model, MaskSettings(), "cpu", "float32")
+        for ours, theirs in zip(model.get_image_embeddings(pixels), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        codes = model.vision_encoder(pixels, return_dict=True).fpn_position_encoding
+    assert sum(code.numel() for code in codes) < 10
 
 
 # ---- choosing masks --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class DemoEstimator:
     dtype: torch.dtype
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:
-        small = [self._shrink(image) for image in images]
+        small = [self.shrink(image) for image in images]
         buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, image in enumerate(small):
             buckets[image.shape].append(i)
@@ -50,7 +50,7 @@ class DemoEstimator:
                 results[i] = _maps(raw[row], images[i].shape[:2])
         return [results[i] for i in range(len(images))]
 
-    def _shrink(self, image: np.ndarray) -> np.ndarray:
+    def shrink(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
         scale = self.working_px / min(height, width)
         if scale >= 1:

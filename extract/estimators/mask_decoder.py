@@ -8,6 +8,7 @@ that positions are never projected:
     values   A (X Wv) = (A X) Wv                    rows of A sum to one, so biases come out unchanged
     updates  (A V) Wo = A (V Wo)                    for the way back, from tokens to positions
     layer 1  X is still that of the image alone     its projections are made once an image, not once a prompt
+    last     only four tokens are asked             the others need not look at the positions once more
 
 Masks are drawn only for prompts of which some mask may survive; the rest of a chunk ends at its predicted quality.
 
@@ -57,7 +58,8 @@ class GridDecoder:
         if hasattr(self.decoder, "obj_score_token"):
             own.insert(0, self.decoder.obj_score_token.weight)
         self.own_tokens = torch.cat(own).detach()
-        self.iou_at = len(own) - 2
+        quality = len(own) - 2  # that token; those of the masks come after it, the first is for unambiguous prompts
+        self.asked = torch.tensor([quality, *range(quality + 2, len(self.own_tokens))], device=self.own_tokens.device)
         self.upscales_with_features = hasattr(self.decoder, "conv_s0")
 
     @property
@@ -100,14 +102,17 @@ class GridDecoder:
         """
         prompts = tokens.shape[1]
         queries, x = self._two_way(image.positions, tokens)
-        quality = self.decoder.iou_prediction_head(queries[:, self.iou_at]).float()[:, 1:]
+        quality = self.decoder.iou_prediction_head(queries[:, 0]).float()[:, 1:]
         chosen = torch.nonzero((quality > minimum).any(1)).flatten()
         if len(chosen) < len(x):
             x, queries = x[chosen], queries[chosen]
-        return chosen, quality[chosen], self._draw(x, queries, image, chosen // prompts)
+        return chosen, quality[chosen], self._draw(x, queries[:, 1:], image, chosen // prompts)
 
     def _two_way(self, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) and (B, P, n, C) -> tokens (B * P, n, C) and positions (B * P, T, C) that have seen each other."""
+        """(B, T, C) and (B, P, n, C) -> tokens and positions (B * P, T, C) that have seen each other.
+
+        Of the tokens those that are asked: (B * P, 4, C), for quality and the three masks.
+        """
         transformer, place = self.decoder.transformer, self.place
         origin = tokens.flatten(0, 1)
         queries, x = origin, positions
@@ -120,11 +125,12 @@ class GridDecoder:
             queries = layer.layer_norm3(queries + layer.mlp(queries))
             tell = _shared_tell if shared else _tell
             x = layer.layer_norm4(tell(layer.cross_attn_image_to_token, queries + origin, queries, x, placed))
+        queries, origin = queries[:, self.asked], origin[:, self.asked]
         queries = queries + _look(transformer.final_attn_token_to_image, queries + origin, x, x + place)
         return transformer.layer_norm_final_attn(queries), x
 
     def _draw(self, x: Tensor, queries: Tensor, image: ImageFeatures, owner: Tensor) -> Tensor:
-        """Logits (N, 3, S, S) from positions (N, T, C) and tokens (N, n, C); owner (N,): each prompt's image.
+        """Logits (N, 3, S, S) from positions (N, T, C) and the masks' tokens (N, 3, C); owner (N,): each prompt's image.
 
         The transposed convolutions have stride = kernel = 2: each position makes its own 2 x 2 block, a plain product.
         """
@@ -134,9 +140,8 @@ class GridDecoder:
         y = _to_2x2(head.upscale_conv1, x).add_(half)
         y = F.gelu(F.layer_norm(y, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
         y = F.gelu(_to_2x2(head.upscale_conv2, y).add_(quarter))  # (N, T * 16, C / 8)
-        first = self.iou_at + 2  # the token after the one for unambiguous prompts
         mlps = list(head.output_hypernetworks_mlps)[1:]
-        weights = torch.stack([mlp(queries[:, first + i]) for i, mlp in enumerate(mlps)], dim=1)  # (N, 3, C / 8)
+        weights = torch.stack([mlp(queries[:, i]) for i, mlp in enumerate(mlps)], dim=1)  # (N, 3, C / 8)
         logits = torch.bmm(weights, y.transpose(1, 2)).view(count, len(mlps), self.side, self.side, 2, 2, 2, 2)
         return logits.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(count, len(mlps), self.mask_side, self.mask_side)
 

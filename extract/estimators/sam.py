@@ -47,8 +47,19 @@ def make_generator(model: Any, settings: MaskSettings, device: str, dtype: str) 
         part.to(getattr(torch, dtype))
     if hasattr(model, "no_memory_embedding"):
         model.no_memory_embedding.data = model.no_memory_embedding.data.to(getattr(torch, dtype))
+    neck: Any = getattr(model.vision_encoder, "neck", None)
+    if hasattr(neck, "position_encoding"):
+        neck.position_encoding = _NoPlaces()
     decoder = GridDecoder(model)
     return MaskGenerator(SquareEncoder(model, decoder), decoder, settings)
+
+
+class _NoPlaces(nn.Module):
+    """For the codes of places beside the encoder's maps, which only a memory for videos reads: as large as the maps and
+    several times that while they are made."""
+
+    def forward(self, *asked: Any) -> Tensor:
+        return torch.zeros(1, 1, 1, 1)
 
 
 def _class_of(folder: Path) -> str:
