@@ -7,8 +7,8 @@ Only the formats of READABLE are ever opened (no SVG, PDF or PostScript). What i
     white, EXIF or XMP orientation, centre crop if asked for, shorter side down to size_px (area means and Lanczos;
     never up), ICC profile to sRGB, RGB.
 
-Source bytes are stored untouched when they are in the dataset's format and nothing of the above was needed; greyscale
-sources are always stored anew, so that every stored image has three channels. Everything else is encoded (JPEG of
+Source bytes are stored untouched when they are in the dataset's format and nothing of the above was needed (greyscale
+files included: every reader of RGB makes the same three channels of them). Everything else is encoded (JPEG of
 quality 95 without chroma subsampling), and the record says so. Untouched files keep their metadata (EXIF with camera
 and GPS data, comments, bytes after the end of the image); re-encoded ones have none.
 
@@ -137,7 +137,7 @@ class ImageProblem(Exception):
 class Prepared:
     """An image ready for the estimators and for storage.
 
-    member: the stored file, a jpg, png or webp of three channels.
+    member: the stored file, a jpg, png or webp; of one channel only where a greyscale source is untouched.
     record: what was done; the same keys and types for every image:
         original_size [w, h]  of the source, with its orientation applied
         size [w, h]           as stored
@@ -362,16 +362,16 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules, decoded: b
     untouched = (
         source is not None
         and loaded.kind == content
-        and loaded.mode == "RGB"
+        and loaded.mode in ("RGB", "L")
         and loaded.portable
         and loaded.orientation == 1
         and not (cropped or resized or loaded.alpha)
         and icc != "converted"
     )
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if untouched and source is not None:
         member = source
     else:
-        image = image if image.mode == "RGB" else image.convert("RGB")
         image.info = {}  # or Pillow would write the source's profile and comments into the new file
         buffer = io.BytesIO()
         try:

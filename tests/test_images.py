@@ -71,9 +71,16 @@ def test_source_bytes_stay_untouched_where_nothing_needs_to_change(form: str, pl
     assert np.array_equal(prepared.pixels, decode(content))
 
 
+def test_a_greyscale_jpeg_stays_untouched_and_is_seen_in_three_channels() -> None:
+    content = encoded(photo().convert("L"), "JPEG")
+    prepared = prepare(content, ImageRules(min_side_px=8))
+    assert prepared.member == content and prepared.record["mode"] == "L" and not prepared.record["reencoded"]
+    assert np.array_equal(prepared.pixels, decode(content)) and prepared.pixels.shape[2] == 3
+
+
 @pytest.mark.parametrize(
     "name",
-    ["grey.jpg", "cmyk.jpg", "turned_6.jpg", "icc_swapped.jpg", "png_called.jpg", "arithmetic.jpg"],
+    ["cmyk.jpg", "turned_6.jpg", "icc_swapped.jpg", "png_called.jpg", "arithmetic.jpg"],
 )
 def test_what_other_readers_would_see_differently_is_encoded_anew(name: str) -> None:
     prepared = prepare(FILES[name][0], ImageRules(min_side_px=8))
