@@ -8,6 +8,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from safetensors.torch import load_file
 
 from extract.world import compose
+from shards.errors import UserError
 from shards.verify import verify
 from train.base import BaseTraining, Pictures, evenly, train_base
 from train.base_networks import make_tokenizer
@@ -75,3 +76,8 @@ def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, tmp_path: Pa
         before, same, after = (load_file(folder / part / name) for folder in (first, still, more))
         assert all(torch.equal(before[key], same[key]) for key in before)
         assert all(torch.equal(before[key], after[key]) for key in before) != learned
+
+
+def test_a_start_that_is_no_pipeline_is_a_sentence(truth: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model_index"):
+        train_base(BaseTraining(shards=truth, out=tmp_path / "out", start=tmp_path / "typo"))

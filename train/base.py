@@ -218,6 +218,9 @@ def train_vae(config: BaseTraining, pictures: Pictures) -> AutoencoderKL:
 
 
 def _finished_vae(start: Path) -> AutoencoderKL:
+    """Raises UserError if there is no pipeline."""
+    if not (start / "model_index.json").is_file():
+        raise UserError(f"--start {start} is no diffusers folder: it has no model_index.json")
     vae = AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
 

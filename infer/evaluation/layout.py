@@ -134,7 +134,7 @@ def judge(caption: Caption, found: Sequence[Found]) -> Verdict:
     ways = [way for way in product(*meant) if len({id(one) for one in way}) == len(way)]
     verdicts = [[holds(r.relation, way[r.subject], way[r.object]) for r in caption.relations] for way in ways]
     best = max(verdicts, key=sum, default=[False] * len(caption.relations))
-    colours = all(any(_looks(one, named.colour) for one in found) for named in caption.objects)
+    colours = all(any(_looks(one, named.colour) for one in found) for named in caption.objects if named.colour)
     return Verdict(
         objects=bool(ways),
         colours=colours,

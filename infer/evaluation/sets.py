@@ -60,7 +60,7 @@ def prompt_set(name: str, count: int, file: Path | None = None) -> PromptSet:
 def demo_captions(count: int) -> PromptSet:
     """The first `count` different captions of the world's unseen scenes, of those that name all that is there.
 
-    The embedded base learned from such captions; of the others it may be asked for too (--prompts).
+    They are what `python -m train base` learns from; any other caption can be asked for with --prompts.
     """
     found: dict[str, int] = {}
     index = 0
