@@ -1,8 +1,8 @@
 """Keeps byte ranges of remote files in a local folder of limited size, the least recently used going first.
 
 One file for each range, so that nothing is fetched that was not asked for, and training never waits for a whole tar.
-Files appear by a rename and carry a checksum of their content; several processes may share the folder: one at a time, whoever
-has written enough, measures and tidies it. The folder may be removed at any time.
+Files appear by a rename and carry a checksum of their content. Several processes may share the folder: whoever has written
+enough measures and tidies it before it writes more, one at a time. The folder may be removed at any time.
 """
 
 import contextlib
@@ -67,18 +67,18 @@ class LocalCache:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             return
-        self._written += len(data)
+        self._written += len(data) + _CHECK
         if self._written > self.limit_bytes * _STEP:
             self._written = 0
             self.tidy()
 
     def tidy(self) -> None:
-        """Removes the least recently used ranges until the folder is well below its limit; nothing if another one is at it."""
+        """Removes the least recently used ranges, if the folder is near its limit, until it is well below.
+
+        It waits while another one is at it: a writer that went on meanwhile could fill the disk.
+        """
         with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return
+            fcntl.flock(lock, fcntl.LOCK_EX)
             found: list[tuple[float, int, str]] = []
             for inside in os.scandir(self.folder):
                 if inside.is_dir():

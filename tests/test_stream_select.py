@@ -1,5 +1,6 @@
 """Conditions, buckets, the local cache and a loader's state, on small datasets on a disk and in an object store."""
 
+import fcntl
 import multiprocessing
 import threading
 from collections import Counter
@@ -360,6 +361,23 @@ def test_many_writers_share_a_cache(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong and sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 1 << 20
+
+
+def test_a_writer_waits_while_another_tidies_a_cache(tmp_path: Path) -> None:
+    cache = LocalCache(tmp_path, 1 << 20)
+
+    def work() -> None:
+        for i in range(10):
+            cache.read("a", "v", i, i + 8000, lambda: bytes(8000))
+
+    thread = threading.Thread(target=work)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 2
+    thread.join(30)
+    assert not thread.is_alive() and len([path for path in tmp_path.rglob("*") if path.is_file()]) == 11
 
 
 def test_the_command_counts_what_is_dropped_and_keeps_the_answer(url: str, tmp_path: Path) -> None:

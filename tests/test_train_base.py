@@ -69,8 +69,8 @@ def test_rare_relations_are_drawn_more_often_than_they_are_there() -> None:
 def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, tmp_path: Path) -> None:
     sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1}
     first = train_base(BaseTraining(out=tmp_path / "first", steps=1, **sizes))
-    still = train_base(BaseTraining(out=tmp_path / "still", start=first, steps=1, rate=0.0, **sizes))
-    more = train_base(BaseTraining(out=tmp_path / "more", start=first, steps=1, **sizes))
+    still = train_base(BaseTraining(out=tmp_path / "still", pretrained=first, steps=1, rate=0.0, **sizes))
+    more = train_base(BaseTraining(out=tmp_path / "more", pretrained=first, steps=1, **sizes))
     for part, learned in (("vae", False), ("unet", True), ("text_encoder", True)):
         (name,) = (path.name for path in (first / part).glob("*.safetensors"))
         before, same, after = (load_file(folder / part / name) for folder in (first, still, more))
@@ -78,6 +78,6 @@ def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, tmp_path: Pa
         assert all(torch.equal(before[key], after[key]) for key in before) != learned
 
 
-def test_a_start_that_is_no_pipeline_is_a_sentence(truth: str, tmp_path: Path) -> None:
+def test_a_pretrained_base_that_is_no_pipeline_is_a_sentence(truth: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model_index"):
-        train_base(BaseTraining(shards=truth, out=tmp_path / "out", start=tmp_path / "typo"))
+        train_base(BaseTraining(shards=truth, out=tmp_path / "out", pretrained=tmp_path / "typo"))

@@ -41,7 +41,7 @@ def estimator(
 def base(
     shards: Annotated[str, typer.Option(help="Shards of `train scenes`.")] = "runs/truth",
     out: Annotated[Path, typer.Option(help="Where checkpoints and the finished pipeline go.")] = Path("runs/base"),
-    start: Annotated[
+    pretrained: Annotated[
         str | None, typer.Option(help="Learn on from this pipeline of `train base`; demo is the embedded one.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 1_600,
@@ -54,8 +54,8 @@ def base(
     from infer.shipped import resolve
     from train.base import BaseTraining, train_base
 
-    begin = Path(resolve(start, "base")) if start else None
-    folder = train_base(BaseTraining(shards=shards, out=out, start=begin, steps=steps))
+    begin = Path(resolve(pretrained, "base")) if pretrained else None
+    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, steps=steps))
     print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
 
 

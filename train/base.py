@@ -4,7 +4,7 @@
     python -m train base --shards runs/truth --out runs/base
 
     torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch
-    python -m train base --start demo --steps 9000 ... goes on from a finished pipeline: its VAE stays, the rest learns more
+    python -m train base --pretrained demo --steps 9000 ... goes on from a finished pipeline: its VAE stays, the rest learns more
 
 Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
 """
@@ -49,7 +49,7 @@ from train.state import STATE, averaged, follow, load_state, save_state
 class BaseTraining:
     """The recipe: vae_* of the first stage, the rest of the second.
 
-    start: the folder of a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; none: all is new.
+    pretrained: the folder of a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; none: all is new.
     cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
     may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
@@ -58,7 +58,7 @@ class BaseTraining:
 
     shards: str
     out: Path = Path("runs/base")
-    start: Path | None = None
+    pretrained: Path | None = None
     seed: int = 0
     held_out: int = 256
     vae_steps: int = 5_000
@@ -217,11 +217,11 @@ def train_vae(config: BaseTraining, pictures: Pictures) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def _finished_vae(start: Path) -> AutoencoderKL:
+def _finished_vae(folder: Path) -> AutoencoderKL:
     """Raises UserError if there is no pipeline."""
-    if not (start / "model_index.json").is_file():
-        raise UserError(f"--start {start} is no diffusers folder: it has no model_index.json")
-    vae = AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"--pretrained {folder} is no diffusers folder: it has no model_index.json")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
 
 
@@ -267,9 +267,9 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     net = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)})
     unet, text = net["unet"], net["text"]
     assert isinstance(text, CLIPTextModel)
-    if config.start:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(config.start, subfolder="unet").state_dict())
-        text.load_state_dict(CLIPTextModel.from_pretrained(config.start, subfolder="text_encoder").state_dict())
+    if config.pretrained:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(config.pretrained, subfolder="unet").state_dict())
+        text.load_state_dict(CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").state_dict())
     count = len(pictures.images) - pictures.held_out(config)
     latents = _latents(config, vae, pictures.images[:count]) * vae.config["scaling_factor"]
 
@@ -311,6 +311,6 @@ def train_base(config: BaseTraining) -> Path:
         dist.init_process_group("gloo")
     pictures = Pictures.read(config.shards)
     config.out.mkdir(parents=True, exist_ok=True)
-    vae = _finished_vae(config.start) if config.start else train_vae(config, pictures)
+    vae = _finished_vae(config.pretrained) if config.pretrained else train_vae(config, pictures)
     train_text_to_image(config, pictures, vae)
     return config.out / "pipeline"
