@@ -82,7 +82,7 @@ def make_dataset(path: Path, samples: int, size_px: int) -> str:
 def as_tensors(item: Item, rng: np.random.Generator) -> tuple:
     """Tensors, as a trainer wants them: they travel from loader workers through shared memory."""
     assert item.image is not None
-    return item.key, torch.from_numpy(item.image.copy()), {n: torch.from_numpy(m.values) for n, m in item.maps.items()}
+    return item.key, torch.from_numpy(item.image), {n: torch.from_numpy(m.values) for n, m in item.maps.items()}
 
 
 def ours(url: str, samples: int, workers: int) -> Iterable[Any]:

@@ -14,7 +14,7 @@ the camera. Depth is z-depth, along the optical axis. Quantisation is the only l
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -29,6 +29,10 @@ _FAR_CODE = 65535
 _NO_NORMAL = 128
 MAX_SEGMENTS = 65535
 MAX_PNG_PIXELS = 1 << 27  # a map of more pixels is refused before it is decoded
+
+
+Empty = Callable[[tuple[int, ...], type[np.generic]], np.ndarray]
+"""Makes the array (C order, content undefined) that a decoded picture goes to: np.empty, or room in a batch's memory."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _range(finite: np.ndarray) -> tuple[float, float]:
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
-def _decode_depth(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
+def _decode_depth(png: bytes, info: Mapping[str, Any], empty: Empty = np.empty) -> IntrinsicMap:
     codes = decode_png(png, np.uint16, channels=1)
     if info.get("kind") == "metric":
         table = _metric_table()
@@ -113,7 +117,8 @@ def _decode_depth(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
         table = _depth_table(lo + _SHARES * (hi - lo), -np.inf)
     else:
         raise MapError(f"depth of kind {info.get('kind')!r} in json; it must be one of {DEPTH_KINDS}")
-    return IntrinsicMap(np.take(table, codes, mode="clip"), info)  # every code is in the table; clip is the fast mode
+    z = empty(codes.shape, np.float32)
+    return IntrinsicMap(np.take(table, codes, mode="clip", out=z), info)  # every code is in it; clip is the fast mode
 
 
 _SHARES = np.arange(_STEPS + 1) / _STEPS  # where the codes 1..65534 lie in the range
@@ -153,7 +158,7 @@ def _encode_normal(normal: IntrinsicMap) -> tuple[bytes, dict[str, Any]]:
     return encode_png(codes.astype(np.uint8)), dict(normal.info)
 
 
-def _decode_normal(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
+def _decode_normal(png: bytes, info: Mapping[str, Any], empty: Empty = np.empty) -> IntrinsicMap:
     codes = cv2.split(decode_png(png, np.uint8, channels=3))  # channel by channel: six times as fast as (H, W, 3)
     x, y, z = (cv2.LUT(channel, _NORMAL_TABLE) for channel in codes)
     length = x * x
@@ -165,7 +170,7 @@ def _decode_normal(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
         length[nowhere & (codes[0] == _NO_NORMAL) & (codes[1] == _NO_NORMAL) & (codes[2] == _NO_NORMAL)] = np.nan
     for part in (x, y, z):
         np.divide(part, length, out=part)
-    return IntrinsicMap(cv2.merge((x, y, z)), info)
+    return IntrinsicMap(cv2.merge((x, y, z), empty((*x.shape, 3), np.float32)), info)
 
 
 _NORMAL_TABLE = np.arange(256, dtype=np.float32) * np.float32(1 / 127.5) - np.float32(1)
@@ -187,7 +192,7 @@ def _encode_segmentation(segmentation: IntrinsicMap) -> tuple[bytes, dict[str, A
     return encode_png(ids), dict(segmentation.info)
 
 
-def _decode_segmentation(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
+def _decode_segmentation(png: bytes, info: Mapping[str, Any], empty: Empty = np.empty) -> IntrinsicMap:
     return IntrinsicMap(decode_png(png, np.uint16, channels=1), info)
 
 
@@ -198,8 +203,12 @@ def _encode_line(line: IntrinsicMap) -> tuple[bytes, dict[str, Any]]:
     return encode_png(np.rint(values * 255).astype(np.uint8)), dict(line.info)
 
 
-def _decode_line(png: bytes, info: Mapping[str, Any]) -> IntrinsicMap:
-    return IntrinsicMap(decode_png(png, np.uint8, channels=1).astype(np.float32) / 255, info)
+def _decode_line(png: bytes, info: Mapping[str, Any], empty: Empty = np.empty) -> IntrinsicMap:
+    codes = decode_png(png, np.uint8, channels=1)
+    return IntrinsicMap(cv2.LUT(codes, _LINE_TABLE, empty(codes.shape, np.float32)), info)
+
+
+_LINE_TABLE = np.arange(256, dtype=np.float32) / np.float32(255)
 
 
 def _all_valid(values: np.ndarray) -> np.ndarray:
@@ -264,6 +273,10 @@ def _checked(values: np.ndarray, dtype: type[np.generic], ndim: int, name: str) 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
+class Decode(Protocol):
+    def __call__(self, png: bytes, info: Mapping[str, Any], empty: Empty = ..., /) -> IntrinsicMap: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Intrinsic:
     """One row: the member that holds the map, its form, and its share of the packed channels."""
@@ -273,8 +286,8 @@ class Intrinsic:
     channels: int
     encode: Callable[[IntrinsicMap], tuple[bytes, dict[str, Any]]]
     """The PNG, and the map's info completed by what decoding needs. Raises MapError."""
-    decode: Callable[[bytes, Mapping[str, Any]], IntrinsicMap]
-    """The inverse, within the stated quantisation. Raises MapError."""
+    decode: Decode
+    """The inverse, within the stated quantisation, into `empty` (segments: into new memory). Raises MapError."""
     valid: Callable[[np.ndarray], np.ndarray]
     """bool (H, W): the pixels that carry a value. Infinitely far is a valid depth."""
 

@@ -10,11 +10,16 @@ tensors of a sample that costs as much as decoding two of them. Here a batch is 
 a block again once its batch is gone: fresh pages cost ten times the copying.
 """
 
+import contextlib
+import ctypes
+import math
 import os
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from typing import Any, Protocol
 
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shards.intrinsics import Empty
 from shards.order import Sampler
 
 _ALIGNED = 64  # bytes
@@ -34,29 +40,67 @@ _SPARE = 4  # blocks without a batch that a worker keeps
 class Blocks:
     """The shared memory of one worker. The first byte of a block is 1 as long as its batch is on its way or in use."""
 
-    mine: list[Tensor] = field(default_factory=list)
+    mine: list["_Owned"] = field(default_factory=list)
     usual: int = 0
     """Bytes of the largest batch so far: what the next one is given at first."""
 
-    def take(self, size: int) -> Tensor:
-        """A block of at least `size` bytes, uint8 (N,): one whose batch is gone, or a new one."""
-        spare = [block for block in self.mine if not block[0] and len(block) >= size]
-        self.mine = [block for block in self.mine if block[0]] + spare[:_SPARE]
+    def take(self, size: int) -> "Room":
+        """A block of at least `size` bytes: one whose batch is gone, or a new one."""
+        spare = [owned for owned in self.mine if owned.is_spare and len(owned.data) >= size]
+        self.mine = [owned for owned in self.mine if not owned.is_spare] + spare[:_SPARE]
         if spare:
             chosen = spare[0]
         else:
             whole = size + -size % _ROUNDED
-            chosen = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(whole))
+            chosen = _Owned(torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(whole)))
             self.mine.append(chosen)
-        chosen[0] = 1
-        return chosen
+        chosen.data[0] = 1
+        room = Room(chosen.data)
+        chosen.filled = weakref.ref(room.bytes)
+        return room
 
-    def larger(self, block: Tensor, used: int, size: int) -> Tensor:
-        """Another block of at least `size` bytes that begins with the first `used` of this one, which is given back."""
-        other = self.take(max(size, 2 * len(block)))
-        other.numpy()[:used] = block.numpy()[:used]
-        block[0] = 0
-        return other
+
+@dataclass
+class _Owned:
+    """A block, and what its worker last filled it through: a transform may have kept an array that lies in it."""
+
+    data: Tensor
+    filled: weakref.ref[np.ndarray] | None = None
+
+    @property
+    def is_spare(self) -> bool:
+        return not self.data[0] and (self.filled is None or self.filled() is None)
+
+
+class Room:
+    """A block that is being filled. Arrays made by `empty` lie in it from the start, and need no copying."""
+
+    def __init__(self, data: Tensor, end: int = _ALIGNED) -> None:
+        self.data, self.end, self._lock = data, end, threading.Lock()
+        self.bytes = data.numpy()  # every array in the block refers to this one, for numpy shortens chains of views
+        self._begin = _address(self.bytes)
+
+    def reserve(self, size: int) -> tuple[int, int]:
+        """Where the next `size` bytes go; beyond the block's end if they do not fit."""
+        with self._lock:
+            start = self.end
+            self.end += size + -size % _ALIGNED
+            return start, start + size
+
+    def empty(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """np.empty, in the block as long as there is room."""
+        start, stop = self.reserve(math.prod(shape) * np.dtype(dtype).itemsize)
+        return self.bytes[start:stop].view(dtype).reshape(shape) if stop <= len(self.bytes) else np.empty(shape, dtype)
+
+    def place(self, values: np.ndarray) -> tuple[int, int] | None:
+        """Where an array of bytes lies in the block, None if it does not."""
+        start = _address(values) - self._begin
+        return (start, start + len(values)) if start >= 0 and start + len(values) <= len(self.bytes) else None
+
+
+def _address(values: np.ndarray) -> int:
+    address: int = values.__array_interface__["data"][0]
+    return address
 
 
 @dataclass(frozen=True)
@@ -67,31 +111,46 @@ class Block:
     data: Tensor
 
     @classmethod
-    def of(cls, items: Iterable[Any], blocks: Blocks) -> "Block":
-        """Items of any structure that pickle knows, with numpy arrays and torch tensors (on the CPU) in it.
+    def of(cls, make: Callable[[Empty], Iterable[Any]], blocks: Blocks) -> "Block":
+        """make: gives items of any structure that pickle knows, with numpy arrays and torch tensors (on the CPU) in it.
 
-        Each is copied as soon as it comes: made one by one, they are still in the processor's cache.
+        What it makes by the `empty` it is given is in place. All else is copied as soon as it comes: made one by one, items
+        are still in the processor's cache.
         """
-        heads, end, data = [], _ALIGNED, blocks.take(max(blocks.usual, _ALIGNED))
-        for item in items:
+        room, heads = blocks.take(max(blocks.usual, _ALIGNED)), []
+
+        def empty(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+            return room.empty(shape, dtype)
+
+        for item in make(empty):
             buffers: list[pickle.PickleBuffer] = []
-            file, places, used = BytesIO(), [], end
+            file, places, moved = BytesIO(), [], []
             _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(item)
             for buffer in buffers:
-                size = buffer.raw().nbytes
-                places.append((end, end + size))
-                end += size + -size % _ALIGNED
-            if end > len(data):
-                data = blocks.larger(data, used, end)
-            view = data.numpy()
-            for (start, stop), buffer in zip(places, buffers, strict=True):
-                view[start:stop] = np.frombuffer(buffer.raw(), np.uint8)
+                values = np.frombuffer(buffer.raw(), np.uint8)
+                place = room.place(values)
+                if place is None:
+                    place = room.reserve(len(values))
+                    moved.append((place, values))
+                places.append(place)
+            if room.end > len(room.bytes):
+                room = _larger(room, blocks)
+            for (start, stop), values in moved:
+                room.bytes[start:stop] = values
             heads.append((file.getvalue(), places))
-        blocks.usual = max(blocks.usual, end)
-        return cls(heads, data)
+        blocks.usual = max(blocks.usual, room.end)
+        return cls(heads, room.data)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Arrived, (self.heads, self.data)
+
+
+def _larger(room: Room, blocks: Blocks) -> Room:
+    """Another block with room for all that this one should hold and as much again; this one is given back."""
+    other = blocks.take(2 * room.end)
+    other.bytes[: len(room.bytes)] = room.bytes
+    other.end, room.data[0] = room.end, 0
+    return other
 
 
 class Arrived:
@@ -129,7 +188,7 @@ class _Pickler(pickle.Pickler):
 class Items(Protocol):
     """What a StreamLoader reads: a Stream, or anything that is asked for positions as one is."""
 
-    def iterate(self, positions: Sequence[int]) -> Iterable[Any]: ...
+    def iterate(self, positions: Sequence[int], empty: Empty = ...) -> Iterable[Any]: ...
 
 
 class _Packed(Dataset[Block]):
@@ -139,8 +198,10 @@ class _Packed(Dataset[Block]):
         self._items, self._collate, self._blocks = items, collate, Blocks()
 
     def __getitems__(self, positions: Sequence[int]) -> Block:
-        found = self._items.iterate(positions)
-        return Block.of(found if self._collate is None else [self._collate(list(found))], self._blocks)
+        collate = self._collate
+        if collate is None:
+            return Block.of(partial(self._items.iterate, positions), self._blocks)
+        return Block.of(lambda _: [collate(list(self._items.iterate(positions)))], self._blocks)
 
 
 class StreamLoader(DataLoader):
@@ -153,7 +214,9 @@ class StreamLoader(DataLoader):
         collate = options.pop("collate_fn", None)
         self._packs, self._collates = bool(options.get("num_workers")), collate is not None
         if self._packs:
-            super().__init__(_Packed(stream, collate), batch_sampler=sampler, collate_fn=_as_it_is, **options)  # type: ignore[arg-type]
+            begin = partial(_begin_worker, options.pop("worker_init_fn", None))
+            packed: Any = _Packed(stream, collate)
+            super().__init__(packed, batch_sampler=sampler, collate_fn=_as_it_is, worker_init_fn=begin, **options)  # type: ignore[arg-type]
         else:
             super().__init__(stream, batch_sampler=sampler, collate_fn=collate or list, **options)  # type: ignore[arg-type]
         self._sampler = sampler
@@ -178,3 +241,20 @@ class StreamLoader(DataLoader):
 
 def _as_it_is(block: Block) -> Block:
     return block
+
+
+def _begin_worker(then: Callable[[int], None] | None, number: int) -> None:
+    """A worker makes and drops the same arrays for every sample: it keeps their memory for the next one.
+
+    glibc's malloc would hand it back to the system and get it anew, page by page and zeroed: up to a fifth of the time.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(option, _KEPT)
+    if then is not None:
+        then(number)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT = 1 << 28  # bytes at the heap's end that a worker keeps, and from where on an array is mapped on its own

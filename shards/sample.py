@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from shards.errors import UserError
-from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError
+from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap, MapError
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")
 CACHES = ("latents.safetensors", "text.safetensors")
@@ -72,14 +72,17 @@ class Sample:
                 return name
         raise SampleError(f"sample {self.key} has no image; it has {', '.join(self.members)}")
 
-    def image(self) -> np.ndarray:
-        """The image, uint8 RGB (H, W, 3)."""
+    def image(self, empty: Empty = np.empty) -> np.ndarray:
+        """The image, uint8 RGB (H, W, 3), into `empty`."""
         name = self.image_member
         try:
             with Image.open(BytesIO(self.members[name]), formats=_IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise SampleError(f"{self.key}.{name}: {image.width} x {image.height} pixels is above the limit")
-                return np.asarray(image.convert("RGB"))
+                rgb = image if image.mode == "RGB" else image.convert("RGB")
+                pixels = empty((rgb.height, rgb.width, 3), np.uint8)
+                pixels[:] = np.asarray(rgb)
+                return pixels
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise SampleError(f"{self.key}.{name} is damaged: {error}") from error
 

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from shards.buckets import Shape
 from shards.dataset import Dataset
 from shards.errors import UsageError, UserError
-from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError
+from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap, MapError
 from shards.local_cache import LocalCache
 from shards.marks import shard_name
 from shards.order import Mixture, Place
@@ -126,8 +127,8 @@ class Stream:
         """The items of one batch; a DataLoader calls this."""
         return list(self.iterate(positions))
 
-    def iterate(self, positions: Sequence[int]) -> Iterator[Any]:
-        """The items of one batch one by one, read at once and decoded side by side."""
+    def iterate(self, positions: Sequence[int], empty: Empty = np.empty) -> Iterator[Any]:
+        """The items of one batch one by one, read at once and decoded side by side, into `empty` (any thread may call it)."""
         if self.buckets and len({position // self.chunk for position in positions}) > 1:
             raise UsageError(
                 f"a batch reaches over chunks of {self.chunk} positions, so it would mix buckets; make the stream's chunk "
@@ -135,7 +136,8 @@ class Stream:
             )
         here = self._here
         here.read_ahead(positions, self._read, self._announce)
-        yield from here.decoders.map(self._item, positions) if here.decoders else map(self._item, positions)
+        make = partial(self._item, empty=empty)
+        yield from here.decoders.map(make, positions) if here.decoders else map(make, positions)
 
     def key(self, position: int) -> str:
         """The key at a position, by the index alone."""
@@ -186,14 +188,14 @@ class Stream:
             mark, keys = self._keys(dataset, place.shard)
             self._here.readers[dataset].announce(mark, keys[place.row], self._members(dataset))
 
-    def _item(self, position: int) -> Any:
+    def _item(self, position: int, empty: Empty) -> Any:
         skipped: list[str] = []
         for candidate in self._stand_ins(position):
             dataset, bucket, place = self._place(candidate)
             try:
                 sample = self._here.take(candidate, self._read)
                 shape = tuple(self.buckets[bucket]) if self.buckets else None
-                item = self._decode(sample, position, tuple(skipped), shape)
+                item = self._decode(sample, position, tuple(skipped), shape, empty)
             except (SampleError, MapError) as error:
                 key = self._keys(dataset, place.shard)[1][place.row]
                 skipped.append(f"{self.urls[dataset]}/{shard_name(place.shard)}.tar {key}: {error}")
@@ -209,14 +211,14 @@ class Stream:
             wanted.add(self.datasets[dataset].info["image"])
         return [name for name in self.datasets[dataset].members if name in wanted]
 
-    def _decode(self, sample: Sample, position: int, skipped: tuple[str, ...], shape: Any) -> Item:
-        image = sample.image() if self.images else None
+    def _decode(self, sample: Sample, position: int, skipped: tuple[str, ...], shape: Any, empty: Empty) -> Item:
+        image = sample.image(empty) if self.images else None
         meta = sample.meta
         described = meta.get("intrinsics", {})
         maps = {}
         for name in self.intrinsics:
             row = INTRINSICS[name]
-            maps[name] = row.decode(sample.members[row.member], described.get(name) or {})
+            maps[name] = row.decode(sample.members[row.member], described.get(name) or {}, empty)
         extras = {name: sample.members[name] for name in self.extras}
         return Item(sample.key, position, image, sample.caption, maps, meta, skipped, shape, extras)
 

@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from shards.__main__ import app
 from shards.dataset import Dataset, add_counts, write_info
 from shards.errors import UsageError, UserError
 from shards.geometry import fit
-from shards.intrinsics import encode_png
+from shards.intrinsics import Empty, encode_png
 from shards.loader import Arrived, Block, Blocks, StreamLoader
 from shards.local_cache import LocalCache
 from shards.order import Sampler
@@ -246,7 +247,7 @@ def test_a_batch_that_is_held_stays_as_it_is_while_its_worker_uses_the_blocks_of
 
 
 def _block(values: np.ndarray, blocks: Blocks) -> Block:
-    return Block.of([{"a": values}], blocks)
+    return Block.of(lambda _: [{"a": values}], blocks)
 
 
 def test_a_worker_takes_a_block_again_once_its_batch_is_gone_and_keeps_few_without_one() -> None:
@@ -272,11 +273,35 @@ def test_a_block_that_turns_out_too_small_is_changed_for_a_larger_one() -> None:
     items = [{"a": np.full(50_000 * i, i), "i": i} for i in range(1, 8)]
     blocks = Blocks()
     for _ in range(2):
-        block = Block.of(iter(items), blocks)
+        block = Block.of(lambda _: iter(items), blocks)
         found = Arrived(block.heads, block.data).open()
         assert [item["i"] for item in found] == list(range(1, 8))
         assert all(np.array_equal(mine["a"], theirs["a"]) for mine, theirs in zip(found, items, strict=True))
         del found
+
+
+def test_arrays_made_in_a_batchs_room_are_not_copied_and_those_that_outgrow_it_are() -> None:
+    blocks, kept = Blocks(), []
+
+    def make(empty: Empty) -> Iterator[Any]:
+        for i in range(6):
+            array = empty((100, 1000), np.float32)
+            array[:] = i
+            kept.append(array)
+            yield {"whole": array, "row": torch.from_numpy(array[7]), "column": array[:, 7], "own": np.full(3, i)}
+
+    first = Block.of(make, blocks)  # its block was too small, and changed on the way
+    second = Block.of(make, blocks)
+    for block in (first, second):
+        for i, item in enumerate(Arrived(block.heads, block.data).open()):
+            assert all((np.asarray(item[name]) == i).all() for name in ("whole", "row", "column", "own"))
+    inside = [np.shares_memory(array, second.data.numpy()) for array in kept]
+    assert all(inside[6:]) and not any(inside[:6])
+    numbers = {block.data.data_ptr() for block in (first, second)}
+    again = _block(np.zeros(3), blocks)  # the second is gone, but `kept` lies in it
+    assert again.data.data_ptr() != second.data.data_ptr() and (kept[-1] == 5).all()
+    kept.clear()
+    assert _block(np.zeros(3), blocks).data.data_ptr() in numbers
 
 
 def test_a_fork_of_the_receiver_does_not_give_blocks_back() -> None:

@@ -4,7 +4,7 @@
     python -m train base --shards runs/truth --out runs/base
 
     torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch
-    python -m train base --pretrained demo --steps 9000 ... goes on from a finished pipeline: its VAE stays, the rest learns more
+    python -m train base --pretrained demo --steps 9000 ...    goes on from a finished pipeline, whose VAE stays as it is
 
 Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
 """
@@ -49,7 +49,7 @@ from train.state import STATE, averaged, follow, load_state, save_state
 class BaseTraining:
     """The recipe: vae_* of the first stage, the rest of the second.
 
-    pretrained: the folder of a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; none: all is new.
+    pretrained: a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; none: all is new.
     cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
     may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shards.errors import UsageError
 from shards.geometry import square
-from shards.intrinsics import INTRINSICS, IntrinsicMap
+from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap
 from shards.loader import StreamLoader
 from shards.order import Sampler
 from shards.packing import CHANNELS, SLICES, DepthRange, depth_range, pack, valid_mask
@@ -226,8 +226,8 @@ class Samples:
                 self._kept[name] = sample
         return [found[position] for position in positions]
 
-    def iterate(self, positions: Sequence[int]) -> Iterable[Sample]:
-        """The same one by one, as they are made."""
+    def iterate(self, positions: Sequence[int], empty: Empty = np.empty) -> Iterable[Sample]:
+        """The same one by one, as they are made. `empty` is for maps that travel; here what is packed of them does."""
         return self.__getitems__(positions) if self.in_memory else self.stream.iterate(positions)
 
     def _name(self, position: int) -> tuple[int, bool, str]:
