@@ -10,8 +10,6 @@ tensors of a sample that costs as much as decoding two of them. Here a batch is 
 a block again once its batch is gone: fresh pages cost ten times the copying.
 """
 
-import contextlib
-import ctypes
 import math
 import os
 import pickle
@@ -29,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shards.intrinsics import Empty
+from shards.memory import keep_memory
 from shards.order import Sampler
 
 _ALIGNED = 64  # bytes
@@ -244,17 +243,6 @@ def _as_it_is(block: Block) -> Block:
 
 
 def _begin_worker(then: Callable[[int], None] | None, number: int) -> None:
-    """A worker makes and drops the same arrays for every sample: it keeps their memory for the next one.
-
-    glibc's malloc would hand it back to the system and get it anew, page by page and zeroed: up to a fifth of the time.
-    """
-    with contextlib.suppress(AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            mallopt(option, _KEPT)
+    keep_memory()
     if then is not None:
         then(number)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT = 1 << 28  # bytes at the heap's end that a worker keeps, and from where on an array is mapped on its own
