@@ -22,10 +22,10 @@ from rich.table import Table
 from extract.world import Scene, compose, render
 from extract.world.vocabulary import COLOURS, INVERSE, SHAPES
 from infer.evaluation import layout
-from infer.evaluation.detector import SHIPPED, load_detector
+from infer.evaluation.detector import SHIPPED
 from infer.evaluation.grammar import Caption, Named, parse
 from infer.evaluation.layout import Found, judge
-from infer.evaluation.shapes import Detector, load_shapes
+from infer.evaluation.objects import Detector
 
 PX = 64
 SWEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -116,15 +116,17 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [scene for scene, _ in zip(scenes(options.seed), range(options.scenes), strict=False)]
     captions = [parse(scene.caption) for scene in chosen]
-    detector = Detector(load_detector(options.detector), load_shapes(options.detector))
+    detector = Detector.load(options.detector)
     found = [objects for _, objects in detector([render(scene, PX).image for scene in chosen])]
-    thresholds = [(layout.SHAPE, layout.COLOUR)]
+    thresholds = [(layout.SHAPE, layout.COLOUR, layout.RELATION)]
     if options.sweep:
-        thresholds += [(value, value) for value in SWEEP]
-    for shape, colour in thresholds:
-        with mock.patch.multiple(layout, SHAPE=shape, COLOUR=colour):
+        thresholds += [(value, value, layout.RELATION) for value in SWEEP]
+        thresholds += [(layout.SHAPE, layout.COLOUR, value) for value in SWEEP]
+    for shape, colour, relation in thresholds:
+        with mock.patch.multiple(layout, SHAPE=shape, COLOUR=colour, RELATION=relation):
             rows = shares(captions, found)
-        table = Table("layout holds", "1 object", "2 objects", "3 objects", title=f"from {shape} and {colour} on")
+        title = f"shape from {shape}, colour from {colour}, relation from {relation} on"
+        table = Table("layout holds", "1 object", "2 objects", "3 objects", title=title)
         for name, cells in rows.items():
             table.add_row(name, *cells)
         Console().print(table)

@@ -1,15 +1,19 @@
 """Captions read back, and what is in a picture: objects, relations, plausibility; the shipped detector on real renderings."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from extract.world import compose, render
-from extract.world.vocabulary import COLOURS, RELATIONS, SHAPES
+from extract.world.vocabulary import COLOURS, INVERSE, RELATIONS, SHAPES
+from infer.evaluation.close import load_close
 from infer.evaluation.detector import COLOUR_CLASSES, PLACES, SHAPE_CLASSES, Seen, load_detector
 from infer.evaluation.grammar import is_caption, parse
-from infer.evaluation.layout import SHAPE, Found, contact, find_objects, holds, judge
+from infer.evaluation.layout import RELATED, SHAPE, Found, find_objects, holds, judge
+from infer.evaluation.objects import Detector
 from infer.evaluation.plausibility import plausibility
-from infer.evaluation.shapes import Detector, load_shapes
 from shards.errors import UserError
 
 SIDE = 32
@@ -55,6 +59,19 @@ def one_of(names: tuple[str, ...], name: str) -> np.ndarray:
     return np.array([float(one == name) for one in names], np.float32)
 
 
+def related(found: Sequence[Found], **said: str) -> list[Found]:
+    """The objects with what a close look says of them: cone="on top of cube"."""
+    places = {one.shape: number for number, one in enumerate(found)}
+    tables = np.zeros((len(found), len(found), len(RELATED)), np.float32)
+    tables[..., 0] = 1
+    for shape, what in said.items():
+        relation, _, other = what.rpartition(" ")
+        tables[places[shape], places[other]] = one_of(RELATED, relation)
+        back = INVERSE.get(relation, "under")
+        tables[places[other], places[shape]] = one_of(RELATED, back)
+    return [dataclasses.replace(one, number=i, related=tables[i]) for i, one in enumerate(found)]
+
+
 def picture(*things: Found, floor_from: int = 8) -> Seen:
     """What a perfect detector sees: wall above floor, then the things, later ones in front."""
     shape = np.zeros((len(SHAPE_CLASSES), SIDE, SIDE), np.float32)
@@ -90,22 +107,15 @@ def test_a_speck_is_no_object():
 @pytest.mark.parametrize(
     ("relation", "a", "b"),
     [
-        ("left of", CUBE, BALL),
-        ("right of", BALL, CUBE),
-        ("on top of", ON_CUBE, CUBE),
-        ("behind", BEHIND_CUBE, CUBE),
-        ("in front of", CUBE, BEHIND_CUBE),
+        ("left of", *related([CUBE, BALL])),
+        ("right of", *related([BALL, CUBE])),
+        ("on top of", *related([ON_CUBE, CUBE], cone="on top of cube")),
+        ("behind", *related([BEHIND_CUBE, CUBE], cone="behind cube")),
+        ("in front of", *related([CUBE, BEHIND_CUBE], cone="behind cube")),
     ],
 )
 def test_exactly_the_right_relation_holds(relation, a, b):
     assert [name for name in RELATIONS if holds(name, a, b)] == [relation]
-
-
-def test_contact_is_the_share_of_columns_that_rest_on_something():
-    shifted = box(10, 8, 16, 16, "cone", "green", 4.1)
-    assert contact(ON_CUBE.mask, CUBE.mask) == 1.0
-    assert contact(shifted.mask, CUBE.mask) == 0.5
-    assert contact(BALL.mask, CUBE.mask) == 0.0
 
 
 def test_a_caption_is_judged_by_objects_colours_number_and_relation():
@@ -131,15 +141,15 @@ def test_a_name_is_granted_to_what_may_be_it_but_one_thing_is_never_two():
 
 
 def test_plausible_is_what_stands_once_whole_and_in_order():
-    def checks(*things: Found, depth: np.ndarray | None = None) -> dict[str, float]:
+    def checks(*things: Found, depth: np.ndarray | None = None, **said: str) -> dict[str, float]:
         seen = picture(*things)
-        return plausibility(seen, find_objects(seen), depth)
+        return plausibility(seen, related(find_objects(seen), **said), depth)
 
-    assert checks(CUBE, ON_CUBE)["rests"] == 1
-    assert checks(BEHIND_CUBE, CUBE)["rests"] == 1  # hidden below by what is nearer
+    assert checks(CUBE, ON_CUBE, cone="on top of cube")["rests"] == 1
+    assert checks(BEHIND_CUBE, CUBE, cone="behind cube")["rests"] == 1  # hidden below by what is nearer
     assert checks(box(0, 4, 6, 12, "cube", "blue", 4.0))["rests"] == 0  # its foot is on the wall
     ball, cone = box(16, 4, 24, 12, "sphere", "red", 4.0), box(8, 4, 16, 12, "cube", "blue", 4.0)
-    assert checks(ball, cone)["rests"] == 0  # nothing stands on a sphere
+    assert checks(ball, cone, cube="on top of sphere")["rests"] == 0  # nothing stands on a sphere
     assert np.isnan(checks(CUBE, BALL)["order"])  # feet at one height do not tell
     assert checks(CUBE, BEHIND_CUBE)["order"] == 1
     wrong = np.where(CUBE.mask, np.float32(9), np.float32(4))
@@ -156,7 +166,7 @@ def test_plausible_is_what_stands_once_whole_and_in_order():
 def test_the_shipped_detector_tells_the_caption_of_a_rendering_from_others():
     scenes = [compose(777, index) for index in range(24)]
     captions = [parse(scene.caption) for scene in scenes]
-    looks = Detector(load_detector(), load_shapes())([render(scene, 64).image for scene in scenes])
+    looks = Detector.load()([render(scene, 64).image for scene in scenes])
     right = np.mean([judge(caption, found).layout for caption, (_, found) in zip(captions, looks, strict=True)])
     others = zip(captions, [*looks[1:], looks[0]], strict=True)
     wrong = np.mean([judge(caption, found).layout for caption, (_, found) in others])
@@ -164,8 +174,8 @@ def test_the_shipped_detector_tells_the_caption_of_a_rendering_from_others():
 
 
 def test_images_of_another_size_are_brought_to_the_detectors():
-    detector = Detector(load_detector(), load_shapes())
-    small, large = (detector.look([render(compose(777, 3), size).image])[0] for size in (64, 128))
+    detector = Detector.load()
+    small, large = (detector.first([render(compose(777, 3), size).image])[0] for size in (64, 128))
     assert large.shape.shape == small.shape.shape
     assert np.abs(large.features - small.features).mean() < 0.2 * np.abs(small.features).mean() + 0.05
 
@@ -174,4 +184,4 @@ def test_a_checkpoint_that_is_damaged_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_detector(tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_shapes(tmp_path)
+        load_close("pairs", tmp_path)

@@ -69,12 +69,13 @@ def detector(
 
     The same command again continues. Next: `python -m infer evaluate --detector OUT`.
     """
+    from train.close import CloseTraining, train_close
     from train.detector import DetectorTraining, train_detector
-    from train.shapes import ShapeTraining, train_shapes
 
     train_detector(DetectorTraining(shards=shards, out=out))
-    folder = train_shapes(ShapeTraining(shards=shards, out=out))
-    print(f"checkpoint: {folder}; use it with: python -m infer evaluate --detector {folder}")
+    for name in ("things", "pairs"):
+        train_close(name, CloseTraining(shards=shards, out=out))
+    print(f"checkpoint: {out}; use it with: python -m infer evaluate --detector {out}")
 
 
 @app.command()

@@ -2,49 +2,46 @@
 
 An object is a connected region of one colour, or a segment; its shape and colour are what it most looks like. A caption's
 word is granted to it as soon as it is not unlikely (SHAPE, COLOUR): of a thing of eight pixels nobody can tell a cone from a
-pyramid, and a picture is not wrong for that. Relations are those of extract/world/captions.py, judged from what can be
-seen: the thresholds are a little wider than there, because a caption is written only where a relation is clear, and
-narrower than what would let an inverted caption pass. What all this grants to right and to wrong captions is measured by
+pyramid, and a picture is not wrong for that. Relations are those of extract/world/captions.py: left and right by the
+outlines, a little wider than there, because a caption is written only where a relation is clear; the others are granted as
+soon as a close look finds them not unlikely (RELATION). What all this grants to right and to wrong captions is measured by
 benchmarks/detector.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import cv2
 import numpy as np
 
 from extract.world.captions import MARGIN
-from extract.world.vocabulary import COLOURS, INVERSE, SHAPES
+from extract.world.vocabulary import COLOURS, SHAPES
 from infer.evaluation.detector import PLACES, Seen
 from infer.evaluation.grammar import Caption, Named
 
-SHAPE, COLOUR = 0.05, 0.05
-"""Probability from which on a thing may be called by a shape, and by a colour."""
+SHAPE, COLOUR, RELATION = 0.05, 0.05, 0.1
+"""Probability from which on a thing may be called by a shape, and by a colour, and said to be behind or on top of another."""
 SMALLEST = 0.005
 """Share of the picture below which a region is no object; captions name nothing below twice this."""
 SLACK = 0.03
 """Of the picture's width, by which outlines may be off."""
-OVERLAP = 0.3
-"""Share of the narrower one's width that things in a row of depth have in common, at least."""
-FARTHER = 1.08
-"""Ratio of depths from which on one thing is behind another."""
-CONTACT = 0.6
-"""Share of a thing's columns under which there is what it stands on, at least."""
-STACKED = 1.15
-"""Ratio of depths up to which one thing can stand on another."""
+RELATED = ("", "behind", "in front of", "on top of", "under")
+"""What a close look says of two things: what the first is to the second, if it is anything."""
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
     """One object of a picture. mask: bool (h, w). shapes (9,), colours (12,): probabilities of its names. depth_m: its
-    median distance. x, left, right, top, bottom: 0..1 of the sides."""
+    median distance. number: its place among the picture's objects; related (n, 5): the probabilities of what it is to each
+    of them. x, left, right, top, bottom: 0..1 of the sides."""
 
     mask: np.ndarray
     shapes: np.ndarray
     colours: np.ndarray
     depth_m: float
+    number: int = 0
+    related: np.ndarray = field(default_factory=lambda: np.zeros((0, len(RELATED)), np.float32))
 
     @property
     def shape(self) -> str:
@@ -153,28 +150,10 @@ def _looks(one: Found, colour: str) -> bool:
 
 
 def holds(relation: str, a: Found, b: Found) -> bool:
-    """Whether `a` is `relation` `b`, as a viewer of the picture would say."""
-    if relation in ("right of", "in front of"):
-        return holds(INVERSE[relation], b, a)
+    """Whether `a` is `relation` `b`, two objects of one picture, as a viewer would say."""
+    if relation == "right of":
+        return holds("left of", b, a)
     if relation == "left of":
         apart = b.x - a.x > MARGIN - SLACK
         return apart and a.right < b.x + SLACK and a.x < b.left + SLACK
-    if relation == "behind":
-        overlap = min(a.right, b.right) - max(a.left, b.left)
-        aligned = overlap > OVERLAP * min(a.right - a.left, b.right - b.left)
-        return aligned and a.bottom < b.bottom and a.depth_m > FARTHER * b.depth_m
-    if relation == "on top of":
-        ratio = max(a.depth_m / b.depth_m, b.depth_m / a.depth_m)
-        return contact(a.mask, b.mask) >= CONTACT and ratio < STACKED and a.bottom < b.bottom
-    raise ValueError(f"{relation!r} is not a relation of captions")
-
-
-def contact(above: np.ndarray, below: np.ndarray, reach_px: int = 3) -> float:
-    """Share of the columns of `above` in which a pixel of `below` lies at most reach_px under its lowest one."""
-    height = above.shape[0]
-    columns = np.flatnonzero(above.any(axis=0))
-    lowest = height - 1 - above[::-1].argmax(axis=0)[columns]
-    touched = np.zeros(len(columns), bool)
-    for step in range(1, reach_px + 1):
-        touched |= below[np.minimum(lowest + step, height - 1), columns]
-    return float(touched.mean())
+    return bool(a.related[b.number, RELATED.index(relation)] >= RELATION)

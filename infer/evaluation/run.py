@@ -11,7 +11,7 @@ import numpy as np
 
 from extract.world import Rendering, compose, render
 from infer.evaluation.agreement import Estimators
-from infer.evaluation.detector import SHIPPED, load_detector
+from infer.evaluation.detector import SHIPPED
 from infer.evaluation.generate import (
     BASE,
     Arrays,
@@ -26,10 +26,10 @@ from infer.evaluation.generate import (
     write_arrays,
 )
 from infer.evaluation.hub_metrics import Judge
+from infer.evaluation.objects import Detector
 from infer.evaluation.report import CMMD_CLIP, GROUPS, Row, Scored, as_json, join, markdown, rows_of
 from infer.evaluation.scores import AGREE, LAYOUT, PLAUSIBLE, Measure, Scorer
 from infer.evaluation.sets import UNSEEN, PromptSet
-from infer.evaluation.shapes import Detector, load_shapes
 from infer.evaluation.sheet import grid
 from shards.config import read_toml
 from shards.display import picture
@@ -87,8 +87,7 @@ def evaluate(evaluation: Evaluation, out: str, judges: Sequence[Judge], progress
     for name in ("", "images", "scores", "reference"):
         folder.make(name)
     drawing, prompts = evaluation.drawing, evaluation.prompts
-    where = evaluation.detector or SHIPPED
-    detector = Detector(load_detector(where), load_shapes(where)) if evaluation.of_demo_world else None
+    detector = Detector.load(evaluation.detector or SHIPPED) if evaluation.of_demo_world else None
     studio = Studio(drawing, folder)
     blocks = studio.blocks(evaluation.methods, prompts.prompts)
     made = 0
@@ -186,12 +185,12 @@ def _reference(
 ) -> np.ndarray:
     """Features (count, F) of other unseen renderings, which fidelity is measured against."""
     parts = []
-    for part in chunks(count, detector.batch):
+    for part in chunks(count, detector.first.batch):
         about = {"scenes": list(part), "size": list(size), "detector": detector.fingerprint()}
         name = f"reference/{part[0]:06d}-{digest(about)[:8]}.npz"
         if not folder.exists(name):
             images = [render(compose(UNSEEN + 1, scene), size).image for scene in part]
-            write_arrays(folder, name, {"features": np.stack([one.features for one in detector.look(images)])})
+            write_arrays(folder, name, {"features": np.stack([one.features for one in detector.first(images)])})
         parts.append(read_arrays(folder, name)["features"])
         advance(len(part))
     return np.concatenate(parts)

@@ -17,12 +17,12 @@ from infer.evaluation.generate import Arrays, maps_of
 from infer.evaluation.grammar import is_caption, parse
 from infer.evaluation.hub_metrics import Judge
 from infer.evaluation.layout import Found, judge
+from infer.evaluation.objects import Detector
 from infer.evaluation.plausibility import plausibility
-from infer.evaluation.shapes import Detector
 from shards.intrinsics import IntrinsicMap
 from shards.marks import digest
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the code gives other numbers for the same images."""
 
 
