@@ -44,7 +44,7 @@ def base(
     pretrained: Annotated[
         str | None, typer.Option(help="Learn on from this pipeline of `train base`; demo is the embedded one.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 1_600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 16_000,
     debug: cli.DebugOption = False,
 ) -> None:
     """Trains the embedded base on the demo world: a Stable Diffusion pipeline of 64 px.

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,7 +54,7 @@ class BaseTraining:
     cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
     may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
-    them. dropout: the share of captions that are left empty.
+    them. dropout: the share of captions that are left empty. precision: bf16 (weights stay in float32) or fp32.
     """
 
     shards: str
@@ -61,11 +62,11 @@ class BaseTraining:
     pretrained: Path | None = None
     seed: int = 0
     held_out: int = 256
-    vae_steps: int = 5_000
-    vae_batch: int = 4
+    vae_steps: int = 16_000
+    vae_batch: int = 8
     vae_rate: float = 2e-3
     kl: float = 1e-6
-    steps: int = 1_600
+    steps: int = 16_000
     batch: int = 32
     rate: float = 4e-4
     dropout: float = 0.1
@@ -73,6 +74,7 @@ class BaseTraining:
     warmup: int = 100
     cooldown: float = 0.25
     save_every: int = 100
+    precision: str = "bf16"
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -146,6 +148,7 @@ def _train(
     rows: this process's part of the step's batch; gradients are averaged over the processes.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with bf16, 1.4 to 1.7 times as fast
     average = averaged(net)
     optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     first = load_state(folder / STATE, net, average, optimiser)
@@ -155,7 +158,8 @@ def _train(
         for step in range(first, steps):
             for group in optimiser.param_groups:
                 group["lr"] = rate * _rate(step, steps, config)
-            loss = loss_of(step, slice(rank, None, world))
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = loss_of(step, slice(rank, None, world))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if world > 1:
@@ -171,6 +175,7 @@ def _train(
                     save_state(folder / STATE, step + 1, net, average, optimiser)
                 losses.clear()
     net.load_state_dict(average)
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _average_gradients(net: nn.Module, world: int) -> None:
@@ -264,12 +269,12 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     """v prediction of the latents, with the text encoder; writes the finished pipeline to config.out."""
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
     torch.manual_seed(config.seed + 1)
-    net = nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)})
-    unet, text = net["unet"], net["text"]
-    assert isinstance(text, CLIPTextModel)
+    unet, text = make_unet(), make_text_encoder(tokenizer)
     if config.pretrained:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(config.pretrained, subfolder="unet").state_dict())
-        text.load_state_dict(CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").state_dict())
+        unet = UNet2DConditionModel.from_pretrained(config.pretrained, subfolder="unet", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").float()
+    unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
+    net = nn.ModuleDict({"unet": unet, "text": text})
     count = len(pictures.images) - pictures.held_out(config)
     latents = _latents(config, vae, pictures.images[:count]) * vae.config["scaling_factor"]
 
@@ -302,7 +307,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         title="text to image",
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_base(config.out / "pipeline", vae, unet, text, tokenizer)  # type: ignore[arg-type]
+        save_base(config.out / "pipeline", vae, unet, text, tokenizer)
 
 
 def train_base(config: BaseTraining) -> Path:

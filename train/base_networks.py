@@ -1,7 +1,8 @@
 """The embedded base's parts: an ordinary Stable Diffusion pipeline, small enough to ship and to train on two cores.
 
-64 px images, latents of 8 channels at 8 x 8. Eight channels rather than the usual four, so that the intrinsics, which
-share the latent's shape, fit in as well; self-attention at 8 x 8, 4 x 4 and 2 x 2, so that joint attention has several stages.
+64 px images, latents of 16 channels at 8 x 8. Sixteen channels rather than the usual four: things are two latents wide, and
+the VAE must not take their shapes; the intrinsics, which share the latent's shape, fit in as well. Self-attention at 8 x 8
+and 4 x 4, so that joint attention has several stages.
 """
 
 import json
@@ -20,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from extract.world.vocabulary import words
 
-IMAGE_PX, LATENT_CHANNELS, STRIDE = 64, 8, 8
+IMAGE_PX, LATENT_CHANNELS, STRIDE = 64, 16, 8
 TEXT_WIDTH, TEXT_LENGTH = 192, 32
 PAD, BEGIN, END, UNKNOWN = "<pad>", "<begin>", "<end>", "<unknown>"
 
@@ -99,7 +100,7 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(96, 192),
         layers_per_block=1,
-        attention_head_dim=32,
+        attention_head_dim=(3, 6),  # the number of heads, whatever its name says: each is 32 wide
         norm_num_groups=16,
         cross_attention_dim=TEXT_WIDTH,
         use_linear_projection=True,
