@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -58,6 +59,14 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
 def test_only_pictures_whose_captions_name_everything_are_learned_from(truth: str) -> None:
     whole = [scene for scene in (compose(1, index) for index in range(12)) if len(scene.mentioned) == len(scene.things)]
     assert Pictures.read(truth).captions == [scene.caption for scene in whole]
+
+
+def test_all_but_the_held_out_pictures_are_learned_from_mirrored_as_well() -> None:
+    images = np.arange(8 * 2 * 2 * 3).astype(np.uint8).reshape(8, 2, 2, 3)
+    learned, held_out = Pictures(images, [f"a cube {i} left of a cone" for i in range(8)]).split(100)
+    assert len(held_out.images) == 2 and np.array_equal(held_out.images, images[6:])
+    assert len(learned.images) == 12 and np.array_equal(learned.images[7], images[1][:, ::-1])
+    assert learned.captions[1] == "a cube 1 left of a cone" and learned.captions[7] == "a cube 1 right of a cone"
 
 
 def test_rare_relations_are_drawn_more_often_than_they_are_there() -> None:

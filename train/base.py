@@ -43,6 +43,7 @@ from train.base_networks import (
     make_vae,
     save_base,
 )
+from train.data import mirrored
 from train.state import STATE, averaged, follow, load_state, save_state
 
 
@@ -105,8 +106,12 @@ class Pictures:
             raise UserError(f"{url} holds no scenes; make some with: python -m train scenes --out {url}")
         return Pictures(np.stack(images), captions)
 
-    def held_out(self, config: BaseTraining) -> int:
-        return min(config.held_out, len(self.images) // 4)
+    def split(self, held_out: int) -> tuple["Pictures", "Pictures"]:
+        """Those to learn from, each also mirrored with its caption, and the last `held_out` ones (at most a quarter)."""
+        count = len(self.images) - min(held_out, len(self.images) // 4)
+        images, captions = self.images[:count], self.captions[:count]
+        learned = Pictures(np.concatenate([images, images[:, :, ::-1]]), [*captions, *map(mirrored, captions)])
+        return learned, Pictures(self.images[count:], self.captions[count:])
 
 
 def evenly(captions: Sequence[str]) -> np.ndarray:
@@ -189,19 +194,16 @@ def _average_gradients(net: nn.Module, world: int) -> None:
 # ---- stage one: the VAE ----------------------------------------------------------------------------------------------
 
 
-def train_vae(config: BaseTraining, pictures: Pictures) -> AutoencoderKL:
+def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> AutoencoderKL:
     """Squared error of pixels, and a little KL. Returns the VAE with its scaling_factor measured."""
     torch.manual_seed(config.seed)
     vae = make_vae()
-    count = len(pictures.images) - pictures.held_out(config)
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 1, step])
-        rows = rng.integers(count, size=config.vae_batch)
-        flips = rng.random(config.vae_batch) < 0.5
+        rows = rng.integers(len(pictures.images), size=config.vae_batch)
         noise = rng.standard_normal((config.vae_batch, LATENT_CHANNELS, *[IMAGE_PX // STRIDE] * 2), np.float32)
-        images = pictures.images[rows[part]]
-        x = pixels(np.where(flips[part, None, None, None], images[:, :, ::-1], images))
+        x = pixels(pictures.images[rows[part]])
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part])).sample
         return 4 * F.mse_loss(y, x) + config.kl * posterior.kl().mean()
@@ -218,7 +220,7 @@ def train_vae(config: BaseTraining, pictures: Pictures) -> AutoencoderKL:
     z = _means(vae, pictures.images[:1024])
     vae.register_to_config(scaling_factor=float(1 / z.std()))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"VAE: {psnr(vae.eval(), pictures.images[count:]):.1f} dB on pictures that it has not seen")
+        print(f"VAE: {psnr(vae.eval(), held_out.images):.1f} dB on pictures that it has not seen")
     return vae.eval().requires_grad_(False)
 
 
@@ -275,19 +277,18 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         text = CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").float()
     unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
     net = nn.ModuleDict({"unet": unet, "text": text})
-    count = len(pictures.images) - pictures.held_out(config)
-    latents = _latents(config, vae, pictures.images[:count]) * vae.config["scaling_factor"]
+    latents = _latents(config, vae, pictures.images) * vae.config["scaling_factor"]
 
     def tokens_of(captions: list[str]) -> Tensor:
         return torch.as_tensor(tokenizer(captions, padding="max_length", truncation=True)["input_ids"])
 
     tokens, empty = tokens_of(pictures.captions), tokens_of([""])
-    shares = evenly(pictures.captions[:count])
+    shares = evenly(pictures.captions)
     kept = scheduler.alphas_cumprod  # the share of the signal's variance that is left at each timestep
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 2, step])
-        rows = torch.from_numpy(rng.choice(count, size=config.batch, p=shares))
+        rows = torch.from_numpy(rng.choice(len(latents), size=config.batch, p=shares))
         z, ids = latents[rows], tokens[rows]
         dropped = torch.from_numpy(rng.random(config.batch) < config.dropout)
         ids = torch.where(dropped[:, None], empty, ids)
@@ -314,8 +315,8 @@ def train_base(config: BaseTraining) -> Path:
     """Both stages; returns the folder of the finished pipeline. Resumes by itself."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
-    pictures = Pictures.read(config.shards)
+    pictures, held_out = Pictures.read(config.shards).split(config.held_out)
     config.out.mkdir(parents=True, exist_ok=True)
-    vae = _finished_vae(config.pretrained) if config.pretrained else train_vae(config, pictures)
+    vae = _finished_vae(config.pretrained) if config.pretrained else train_vae(config, pictures, held_out)
     train_text_to_image(config, pictures, vae)
     return config.out / "pipeline"
