@@ -27,7 +27,7 @@ from shards.sample import Sample, encode_meta
 from shards.storage import Folder
 
 IMAGE = "png"
-SHEET_PX = 512  # the longer side of each picture of a sheet, at most
+SHEET_PX = (192, 512)  # the longer side of each picture of a sheet, at least and at most
 
 
 def maker(manifest: Manifest) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def extra_files(made: Generated, index: int, base: Image.Image | None) -> dict[s
     files: dict[str, bytes] = {}
     if made.intrinsics:
         rows = [(np.asarray(made.images[index]), made.intrinsics[index], made.prompts[index])]
-        files["sheet.png"] = _png(sheet(rows, size_px=min(SHEET_PX, max(made.images[index].size))))
+        least, most = SHEET_PX
+        files["sheet.png"] = _png(sheet(rows, size_px=min(most, max(least, *made.images[index].size))))
     if base is not None:
         files["base.png"] = _png(base)
     if made.shares is not None:

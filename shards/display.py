@@ -83,6 +83,15 @@ def fit(pixels: np.ndarray, size_px: int) -> Image.Image:
     return picture
 
 
+def _on_sheet(pixels: np.ndarray, size_px: int) -> Image.Image:
+    height, width = pixels.shape[:2]
+    if 3 * max(height, width) > size_px:
+        return fit(pixels, size_px)
+    factor = size_px / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BICUBIC)
+
+
 Row = tuple[np.ndarray, Mapping[str, IntrinsicMap], str]
 """An image, uint8 RGB (H, W, 3); its maps by name; its caption."""
 
@@ -91,19 +100,20 @@ def sheet(rows: Sequence[Row], size_px: int = 256) -> Image.Image:
     """Rows of image and maps side by side, each with its caption, under the names of the columns.
 
     rows: may differ in size and in the maps that they have; a column is there if any row has it. size_px: the longer side
-    of each picture. Raises ValueError for no rows.
+    of each picture, at most; tiny ones, of a third of it or less, are enlarged to it. Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("a sheet needs at least one row")
     names = [name for name in INTRINSICS if any(name in maps for _, maps, _ in rows)]
     pad, gap = max(12, size_px // 16), max(4, size_px // 48)
     heading, text = (ImageFont.load_default(size=max(10, round(size_px * share))) for share in (0.055, 0.06))
-    column_px = min(size_px, max(max(image.shape[:2]) for image, _, _ in rows)) + gap
+    longest = [max(image.shape[:2]) for image, _, _ in rows]
+    column_px = (size_px if 3 * min(longest) <= size_px else min(size_px, max(longest))) + gap
     width = 2 * pad + column_px * (1 + len(names)) - gap
     drawn = []
     for image, maps, caption in rows:
-        pictures: list[Image.Image | None] = [fit(image, size_px)]
-        pictures += [fit(picture(name, maps[name], image), size_px) if name in maps else None for name in names]
+        pictures: list[Image.Image | None] = [_on_sheet(image, size_px)]
+        pictures += [_on_sheet(picture(name, maps[name], image), size_px) if name in maps else None for name in names]
         drawn.append((pictures, _wrapped(caption, text, width - 2 * pad)))
     line_px = round(1.45 * max(10, size_px * 0.06))
     heights = [max(p.height for p in pictures if p) + (len(lines) + 1) * line_px for pictures, lines in drawn]

@@ -121,6 +121,13 @@ def test_a_sheet_holds_rows_of_several_sizes_and_missing_maps() -> None:
         sheet([])
 
 
+@pytest.mark.parametrize(("size", "shown"), [((20, 10), (60, 30)), ((21, 10), (21, 10)), ((90, 60), (60, 40))])
+def test_a_sheet_enlarges_tiny_pictures_only(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    drawn = np.asarray(sheet([(np.full((*size, 3), (255, 0, 0), np.uint8), {}, "red")], 60))
+    rows, columns = np.nonzero((drawn == (255, 0, 0)).all(axis=2))
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == shown
+
+
 # ---- other tools -----------------------------------------------------------------------------------------------------
 
 CODES = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1365 + 1  # needs all 16 bits
