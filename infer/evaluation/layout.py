@@ -112,7 +112,7 @@ def _as_it_looks(seen: Seen, here: np.ndarray) -> Found:
 @dataclass(frozen=True)
 class Verdict:
     """Whether a picture shows its caption. objects: all are there, in shape and colour; colours: in colour at least;
-    once: each is there exactly once; relations: (name, holds) for each that is stated (False without its objects)."""
+    once: and none of them surely twice; relations: (name, holds) for each that is stated (False without its objects)."""
 
     objects: bool
     colours: bool
@@ -135,7 +135,7 @@ def judge(caption: Caption, found: Sequence[Found]) -> Verdict:
     return Verdict(
         objects=bool(ways),
         colours=colours,
-        once=bool(ways) and all(len(group) == 1 for group in meant),
+        once=bool(ways) and all(sum(is_likely(one, named) for one in found) <= 1 for named in caption.objects),
         relations=tuple(zip((stated.relation for stated in caption.relations), best, strict=True)),
     )
 
@@ -143,6 +143,12 @@ def judge(caption: Caption, found: Sequence[Found]) -> Verdict:
 def may_be(one: Found, named: Named) -> bool:
     """Whether an object can be called by this name."""
     return bool(one.shapes[SHAPES.index(named.shape)] >= SHAPE) and _looks(one, named.colour)
+
+
+def is_likely(one: Found, named: Named) -> bool:
+    """Whether an object is more likely this than not."""
+    colour = one.colours[list(COLOURS).index(named.colour)] if named.colour else 1.0
+    return bool(one.shapes[SHAPES.index(named.shape)] * colour > 0.5)
 
 
 def _looks(one: Found, colour: str) -> bool:

@@ -21,6 +21,8 @@ from infer.evaluation.layout import RELATED, Found, find_objects, find_segments
 
 SAME = 0.4
 """Two candidates that share more than this of their union, or of the smaller one twice this, are one object."""
+LARGER = 0.1
+"""The power of its area by which a candidate's sureness is weighed: of two that are about as sure, the larger is the whole."""
 SEGMENTS_PX = 128
 """Small pictures are enlarged to this side for the segments of the estimators, which know no smaller ones."""
 
@@ -129,7 +131,7 @@ class Detector:
 def surest(candidates: Sequence[Found]) -> list[Found]:
     """The candidates without those that are another one, which is surer; largest first."""
     kept: list[Found] = []
-    for one in sorted(candidates, key=lambda one: -one.sure):
+    for one in sorted(candidates, key=lambda one: -one.sure * one.share**LARGER):
         if not any(same(one.mask, other.mask) for other in kept):
             kept.append(one)
     return sorted(kept, key=lambda one: -one.share)
