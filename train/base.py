@@ -63,7 +63,7 @@ class BaseTraining:
     pretrained: Path | None = None
     seed: int = 0
     held_out: int = 256
-    vae_steps: int = 16_000
+    vae_steps: int = 30_000
     vae_batch: int = 8
     vae_rate: float = 2e-3
     kl: float = 1e-6
