@@ -11,7 +11,7 @@ from extract.world.vocabulary import COLOURS, INVERSE, RELATIONS, SHAPES
 from infer.evaluation.close import load_close
 from infer.evaluation.detector import COLOUR_CLASSES, PLACES, SHAPE_CLASSES, Seen, load_detector
 from infer.evaluation.grammar import is_caption, parse
-from infer.evaluation.layout import RELATED, SHAPE, Found, find_objects, holds, judge
+from infer.evaluation.layout import RELATED, SHAPE, Found, find_objects, holds, joined, judge
 from infer.evaluation.objects import Detector
 from infer.evaluation.plausibility import plausibility
 from shards.errors import UserError
@@ -129,6 +129,16 @@ def test_a_caption_is_judged_by_objects_colours_number_and_relation():
     doubled = judge(caption, [CUBE, BALL, box(1, 1, 8, 8, "cube", "blue", 4.0)])
     assert doubled.layout and not doubled.once
     assert not judge(caption, []).colours
+
+
+def test_parts_of_one_name_that_touch_are_one_object() -> None:
+    roof, walls = box(8, 4, 16, 12, "house", "red", 4.0), box(16, 4, 24, 12, "house", "red", 4.1, sure=0.95)
+    (whole,) = joined([roof, walls])
+    assert np.array_equal(whole.mask, roof.mask | walls.mask) and whole.sure == walls.sure and whole.depth_m == 4.1
+    far, other = box(16, 20, 24, 28, "house", "red", 4.0), box(8, 4, 16, 12, "cone", "red", 4.0)
+    unsure = box(8, 4, 16, 12, "house", "red", 4.0, sure=0.45)
+    assert [len(joined([walls, one])) for one in (far, other, unsure)] == [2, 2, 2]
+    assert judge(parse("a red house"), [roof, walls]).once and not judge(parse("a red house"), [walls, far]).once
 
 
 def test_a_name_is_granted_to_what_may_be_it_but_one_thing_is_never_two():

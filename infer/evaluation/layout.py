@@ -9,7 +9,7 @@ benchmarks/detector.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import cv2
@@ -26,6 +26,8 @@ SMALLEST = 0.005
 """Share of the picture below which a region is no object; captions name nothing below twice this."""
 SLACK = 0.03
 """Of the picture's width, by which outlines may be off."""
+PART = 0.5
+"""Probability of its name from which on a part is joined to another one of that name."""
 RELATED = ("", "behind", "in front of", "on top of", "under")
 """What a close look says of two things: what the first is to the second, if it is anything."""
 
@@ -109,6 +111,25 @@ def _as_it_looks(seen: Seen, here: np.ndarray) -> Found:
     return Found(here, shapes, colours, float(np.median(seen.depth_m[here])))
 
 
+def joined(found: Sequence[Found]) -> list[Found]:
+    """Parts of one name that touch, such as the roof and the walls of a house, as one, named as the surest; largest first."""
+    groups: list[list[Found]] = []
+    for one in found:
+        around = cv2.dilate(one.mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        mine = [group for group in groups if any(_is_part(one, around, other) for other in group)]
+        groups = [group for group in groups if group not in mine] + [[one, *(part for group in mine for part in group)]]
+    wholes = []
+    for group in groups:
+        clearest = max(group, key=lambda part: part.sure)
+        wholes.append(replace(clearest, mask=np.logical_or.reduce([part.mask for part in group])))
+    return sorted(wholes, key=lambda one: -one.share)
+
+
+def _is_part(one: Found, around: np.ndarray, other: Found) -> bool:
+    likely = min(one.sure, other.sure) > PART and (one.shape, one.colour) == (other.shape, other.colour)
+    return likely and bool((around & other.mask).any())
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a picture shows its caption. objects: all are there, in shape and colour; colours: in colour at least;
@@ -131,11 +152,12 @@ def judge(caption: Caption, found: Sequence[Found]) -> Verdict:
     ways = [way for way in product(*meant) if len({id(one) for one in way}) == len(way)]
     verdicts = [[holds(r.relation, way[r.subject], way[r.object]) for r in caption.relations] for way in ways]
     best = max(verdicts, key=sum, default=[False] * len(caption.relations))
+    wholes = joined(found)
     colours = all(any(_looks(one, named.colour) for one in found) for named in caption.objects if named.colour)
     return Verdict(
         objects=bool(ways),
         colours=colours,
-        once=bool(ways) and all(sum(is_likely(one, named) for one in found) <= 1 for named in caption.objects),
+        once=bool(ways) and all(sum(is_likely(one, named) for one in wholes) <= 1 for named in caption.objects),
         relations=tuple(zip((stated.relation for stated in caption.relations), best, strict=True)),
     )
 

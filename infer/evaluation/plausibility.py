@@ -4,7 +4,7 @@
               wall, in the sky, or on what carries nothing
     order     of two things on the floor, the one whose foot is lower in the picture is nearer: by the depth that goes with
               the picture (co-generated where there is one, the detector's own otherwise)
-    single    nothing is there twice: every object of a plain scene has a colour of its own
+    single    nothing is there twice: every object of a plain scene has a colour of its own (of those that look like one)
     whole     every object looks like one shape (a melted one looks like two)
 
 Not measured: shadows. A detector that only ever saw right shadows explains wrong ones away, and a rule on brightness
@@ -17,7 +17,7 @@ import numpy as np
 
 from extract.world.vocabulary import SMALL_ENOUGH, SUPPORTS
 from infer.evaluation.detector import PLACES, Seen
-from infer.evaluation.layout import Found, holds
+from infer.evaluation.layout import Found, holds, joined
 
 CHECKS = ("rests", "order", "single", "whole")
 
@@ -33,10 +33,11 @@ BENEATH_PX = 2
 def plausibility(seen: Seen, found: Sequence[Found], depth_m: np.ndarray | None = None) -> dict[str, float]:
     """CHECKS of one picture, 1 or 0; NaN where there is nothing to check. depth_m: (h, w) at the detector's size."""
     depth = seen.depth_m if depth_m is None else depth_m
+    found = joined(found)
     low = [one for one in found if not any(holds("on top of", one, other) for other in found if other is not one)]
     pairs = [_ordered(a, b, depth) for i, a in enumerate(low) for b in low[i + 1 :]]
     known = [fits for fits in pairs if fits is not None]
-    colours = [one.colour for one in found]
+    colours = [one.colour for one in found if one.sure > SURE]
     return {
         "rests": _share(all(_rests(one, found, seen) for one in found), bool(found)),
         "order": _share(all(known), bool(known)),
