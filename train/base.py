@@ -3,7 +3,8 @@
     python -m train scenes --out runs/truth --count 24000
     python -m train base --shards runs/truth --out runs/base
 
-    torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch
+    torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch; on one
+                                                       machine, threads are faster
     python -m train base --pretrained demo --steps 9000 ...    goes on from a finished pipeline, whose VAE stays as it is
 
 Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
