@@ -56,7 +56,7 @@ class BaseTraining:
     cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
     may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
-    them. dropout: the share of captions that are left empty. precision: bf16 (weights stay in float32) or fp32.
+    them. dropout: the share of captions that are left empty.
     """
 
     shards: str
@@ -76,7 +76,6 @@ class BaseTraining:
     warmup: int = 100
     cooldown: float = 0.25
     save_every: int = 100
-    precision: str = "bf16"
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -164,7 +163,7 @@ def _train(
         for step in range(first, steps):
             for group in optimiser.param_groups:
                 group["lr"] = rate * _rate(step, steps, config)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16):  # weights stay in float32
                 loss = loss_of(step, slice(rank, None, world))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

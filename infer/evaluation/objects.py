@@ -97,10 +97,7 @@ class Detector:
             for one in things
         ]
         rows = iter(self.things.ask(cuts, self.first.batch))
-        return [
-            [dataclasses.replace(one, shapes=shapes, colours=colours) for one, (shapes, colours) in zip(things, rows)]  # noqa: B905 - rows go on with the next picture
-            for things in found
-        ]
+        return [[_named_by(one, *next(rows)) for one in things] for things in found]
 
     def _related(self, small: Sequence[np.ndarray], found: Sequence[Sequence[Found]]) -> list[list[Found]]:
         """The objects, numbered, with what each is to the others."""
@@ -126,6 +123,10 @@ class Detector:
             for name, tensor in sorted(net.state_dict().items()):
                 total.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return total.hexdigest()[:8]
+
+
+def _named_by(one: Found, shapes: np.ndarray, colours: np.ndarray) -> Found:
+    return dataclasses.replace(one, shapes=shapes, colours=colours)
 
 
 def surest(candidates: Sequence[Found]) -> list[Found]:
