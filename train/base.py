@@ -45,6 +45,7 @@ from train.base_networks import (
     save_base,
 )
 from train.data import mirrored
+from train.latent_channels import weigh_channels
 from train.state import STATE, averaged, follow, load_state, save_state
 
 
@@ -195,7 +196,7 @@ def _average_gradients(net: nn.Module, world: int) -> None:
 
 
 def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> AutoencoderKL:
-    """Squared error of pixels, and a little KL. Returns the VAE with its scaling_factor measured."""
+    """Squared error of pixels, and a little KL. Returns the VAE with its channels weighed and its scaling_factor measured."""
     torch.manual_seed(config.seed)
     vae = make_vae()
 
@@ -217,6 +218,7 @@ def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> A
         folder=config.out / "vae",
         title="VAE",
     )
+    weigh_channels(vae, pixels(pictures.images[:256]))
     z = _means(vae, pictures.images[:1024])
     vae.register_to_config(scaling_factor=float(1 / z.std()))
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -118,7 +118,7 @@ class VaeConfig:
     """Stage 1. drop: the probability with which each intrinsic is zeroed in the input (paper: 0.1), independently.
 
     depth, normal, segmentation, line: weights of the reconstruction terms. missing: the weight of the loss on an intrinsic
-    that was zeroed in the input (0: none is asked for). kl: weight of the KL term, against the base's own latent scale.
+    that was zeroed in the input (0: none is asked for). kl: weight of the KL term, against the base's latents of pictures.
     lpips: weight of the perceptual term; 0 leaves it out (it needs the package lpips).
     start: the folder of an intrinsic VAE to begin with; "" begins with the base's own, widened.
     """

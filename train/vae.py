@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from infer.bases import open_base
-from infer.vae import encode, scaled, widen
+from infer.vae import scaled, widen
 from shards.display import Row, sheet
 from shards.errors import UserError
 from shards.intrinsics import INTRINSICS
@@ -29,6 +29,9 @@ from train.vae_loss import kl, reconstruction, weighted
 
 DRAWS = 1  # purpose of this stage's generators (train.data.generator_of)
 STAGE, RESULT = "training/vae", "vae"
+_PICTURES = 16
+"""So many pictures say what mean and deviation the base's latent channels have: roughly, but the KL term is weak."""
+_LEAST_STD = 0.05  # of the mean deviation: a channel that the base leaves empty is not closed to the intrinsics
 
 
 class Autoencoder(nn.Module):
@@ -48,12 +51,12 @@ class Autoencoder(nn.Module):
 
 @dataclasses.dataclass
 class VaeTask:
-    """What the engine trains in stage 1."""
+    """What the engine trains in stage 1. image_latents: the base's, of pictures, unscaled, (N, C, h, w)."""
 
     config: VaeConfig
     vae: AutoencoderKL
     held: Sequence[Held]
-    image_std: float
+    image_latents: Tensor
     seed: int
     device: torch.device
     name: str = "vae"
@@ -67,9 +70,8 @@ class VaeTask:
         if self.config.loop.compile:
             self.module.compile()
         scaling: Any = self.vae.config
-        zero = torch.zeros(1, scaling["latent_channels"], 1, 1)
-        self._prior_std = 1 / (scaled(self.vae, zero + 1) - scaled(self.vae, zero)).to(self.device)
-        self._prior_mean = -scaled(self.vae, zero).to(self.device) * self._prior_std
+        std, self._prior_mean = torch.std_mean(self.image_latents, dim=(0, 2, 3), keepdim=True)
+        self._prior_std = std.clamp(min=_LEAST_STD * float(std.mean()))
         self._weights = {name: float(getattr(self.config, name)) for name in INTRINSICS}
         self._factor = 2 ** (len(scaling["block_out_channels"]) - 1)
         self._lpips = None if not self.config.lpips else _perceptual(self.device)
@@ -130,7 +132,7 @@ class VaeTask:
                 score = sum(losses) / len(losses)
                 every = torch.cat(latents)
                 metrics |= {"latent/std": float(every.std()), "latent/mean": float(every.mean())}
-        metrics["latent/std_of_images"] = self.image_std
+        metrics["latent/std_of_images"] = float(scaled(self.vae, self.image_latents).std())
         pictures: dict[str, Image.Image] = {"reconstructions": sheet(shown, 192)} if shown else {}
         return Validation(score, metrics, pictures)
 
@@ -170,9 +172,9 @@ def train_vae(config: TrainConfig) -> Outcome:
     base_vae = pipeline.vae.to(device).eval()
     vae = widen(base_vae) if not config.vae.start else intrinsic_vae(Path(config.vae.start), like=base_vae)
     with torch.no_grad():
-        images = Batch([one.sample for one in held[:16]]).image()
-        image_std = float(encode(base_vae, images).std())
-    task = VaeTask(config.vae, vae.to(device).train(), held, image_std, config.seed, device)
+        images = Batch([one.sample for one in held[:_PICTURES]]).image().to(device)
+        image_latents = base_vae.encode(images).latent_dist.mode()
+    task = VaeTask(config.vae, vae.to(device).train(), held, image_latents, config.seed, device)
     outcome = train(
         task,
         config.vae.loop,

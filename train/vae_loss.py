@@ -38,8 +38,8 @@ def _mean(pixels: Tensor, valid: Tensor) -> Tensor:
 def kl(mean: Tensor, logvar: Tensor, prior_mean: Tensor | float, prior_std: Tensor | float) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(prior_mean, prior_std^2)) for each latent number, averaged to (B,).
 
-    The prior has the base's own latent scale, 1 / scaling_factor: the diffusion model then sees unit variance, as it does
-    of images (ours).
+    The prior has the mean and the deviation that each channel of the base's latents has for pictures: the diffusion model
+    then sees of intrinsics what it does of images (ours).
     """
     prior = torch.as_tensor(prior_std, device=mean.device, dtype=mean.dtype)
     ratio = (logvar.exp() + (mean - prior_mean).square()) / prior.square()
