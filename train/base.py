@@ -79,6 +79,11 @@ class BaseTraining:
     save_every: int = 100
 
 
+TIMESTEPS = 2.0, 1.5
+"""The beta distribution of the timesteps that the U-Net learns at, in 0..1. Where things are, and of what shape, is decided
+between 0.35 and 0.9; near 0, where much of a uniform draw's loss is, only their grain."""
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +300,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         dropped = torch.from_numpy(rng.random(config.batch) < config.dropout)
         ids = torch.where(dropped[:, None], empty, ids)
         noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32))
-        t = torch.from_numpy(rng.integers(scheduler.config["num_train_timesteps"], size=config.batch))
+        t = torch.from_numpy((rng.beta(*TIMESTEPS, size=config.batch) * len(kept)).astype(int))
         signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
         noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
         return F.mse_loss(unet(noisy[part], t[part], text(ids[part])[0]).sample, target[part])
