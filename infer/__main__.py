@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from infer.shipped import resolve, usual_guidance
+from infer.shipped import resolve
 from shards.cli import DebugOption, new_app, run
 from shards.errors import UsageError
 
@@ -39,9 +39,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     num: Annotated[int, typer.Option(min=1, help="Images per prompt: seeds SEED, SEED+1, ...")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", show_default="7.5; for demo 4")
-    ] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 7.5,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 768, or WIDTHxHEIGHT.", show_default="the base's own")
     ] = None,
@@ -100,7 +98,7 @@ def sample(
         negative=negative,
         size=_size(size),
         steps=steps,
-        guidance=usual_guidance(base, guidance),
+        guidance=guidance,
         schedule=schedule,
         scheduler=scheduler,
         intrinsics=intrinsics,
@@ -221,9 +219,7 @@ def evaluate(
     map_seeds: Annotated[int, typer.Option(min=0, help="For how many of the seeds the maps are made, too.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance.", show_default="7.5; for demo 4")
-    ] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
     scheduler: Annotated[str | None, typer.Option(help="As of sample.", show_default="the base's own")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, or WIDTHxHEIGHT.", show_default="the base's own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 32,
@@ -265,7 +261,7 @@ def evaluate(
             base=base,
             run=run_,
             steps=steps,
-            guidance=usual_guidance(base, guidance),
+            guidance=guidance,
             scheduler=scheduler,
             size=_size(size),
             seed=seed,

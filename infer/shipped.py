@@ -8,17 +8,6 @@ EMBEDDED = Path(__file__).with_name("embedded")
 """Embedded models live here: NAME/base, a diffusers folder, and NAME/run, a run folder for it."""
 
 
-GUIDANCE, DEMO_GUIDANCE = 7.5, 4.0
-"""The paper's; and what becomes the embedded base, whose colours burn at more."""
-
-
-def usual_guidance(base: str, asked: float | None) -> float:
-    """The guidance that was asked for; where nothing was, the base's usual one."""
-    if asked is not None:
-        return asked
-    return DEMO_GUIDANCE if base == "demo" else GUIDANCE
-
-
 def resolve(name: str, kind: str) -> str:
     """The path or hub id of a base or run (kind): embedded ones are named "demo", all else is returned as it is."""
     path = EMBEDDED / name / kind

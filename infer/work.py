@@ -17,7 +17,6 @@ import transformers
 from infer.condition import Given
 from infer.outputs import extra_files, maker, read_given, read_image, sample_members
 from infer.sampler import CoGenerator
-from infer.shipped import GUIDANCE
 from shards.errors import UsageError, UserError
 from shards.marks import digest
 
@@ -33,7 +32,7 @@ class Request:
     negative: str | None = None
     size: tuple[int, int] | None = None  # (height, width)
     steps: int = 25
-    guidance: float = GUIDANCE
+    guidance: float = 7.5
     schedule: str = "gaussian"
     scheduler: str | None = None
     intrinsics: bool = True

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from extract.world import compose, render
 from infer.run_folder import load_manifest
-from infer.shipped import EMBEDDED, usual_guidance
+from infer.shipped import EMBEDDED
 from train.base import psnr
 
 BASE, RUN = EMBEDDED / "demo" / "base", EMBEDDED / "demo" / "run"
@@ -29,18 +29,10 @@ def test_the_base_is_a_small_stable_diffusion_folder_in_half_precision() -> None
 def test_the_base_gives_back_scenes_that_it_has_not_seen() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, use_safetensors=True)
     images = np.stack([render(compose(77, index), 64).image for index in range(16)])
-    assert psnr(pipeline.vae, images) > 30
+    assert psnr(pipeline.vae, images) > 24
 
 
 def test_the_run_was_trained_for_this_base() -> None:
     manifest = load_manifest(RUN)
     assert manifest.base.name == "demo"
     assert json.loads((RUN / "manifest.json").read_text())["prediction_type"] == "v_prediction"
-
-
-def test_the_base_is_drawn_with_its_own_guidance_unless_another_is_asked_for() -> None:
-    assert [usual_guidance("demo", None), usual_guidance("demo", 7.5), usual_guidance("org/other", None)] == [
-        4,
-        7.5,
-        7.5,
-    ]
