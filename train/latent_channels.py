@@ -6,6 +6,8 @@ becomes larger, as it is in pixels and in their principal components: a diffusio
 base 22,000 pictures in this basis did more for shapes than 120,000 before.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
@@ -35,7 +37,8 @@ def weigh_channels(vae: AutoencoderKL, x: Tensor) -> None:
     channels, centre = len(there), posterior.mean.mean(dim=(0, 2, 3)).double()
     variance = there.square() @ posterior.std.square().mean(dim=(0, 2, 3)).double()
 
-    into, back = vae.quant_conv, vae.post_quant_conv
+    into: Any = vae.quant_conv
+    back: Any = vae.post_quant_conv
     weight, bias = into.weight.squeeze().double(), into.bias.double()
     _set(into.weight, torch.cat([there @ weight[:channels], torch.zeros_like(weight[channels:])]))
     _set(into.bias, torch.cat([there @ (bias[:channels] - centre), variance.log()]))

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from extract.sources.demo import WORLD_VERSION, metadata
-from extract.world import compose, render
+from extract.world import Rendering, compose, render
 from shards.dataset import Dataset, add_counts, write_info
 from shards.errors import UsageError, UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap, describe_segments, encode_png
@@ -93,12 +93,11 @@ def write_shard(url: str, settings: TruthSettings, index: int) -> int:
     return len(scenes)
 
 
-def _members(settings: TruthSettings, index: int) -> dict[str, bytes]:
-    scene = compose(settings.seed, index)
-    rendering = render(scene, settings.size_px)
+def exact_maps(rendering: Rendering) -> dict[str, IntrinsicMap]:
+    """The intrinsics of a rendered scene, as they are and not as estimators see them."""
     labels = dict(enumerate(rendering.segments, 1))
     focal = {"focal_px": rendering.focal_px, "focal_from": "exact"}
-    maps = {
+    return {
         "depth": IntrinsicMap(rendering.depth_m, {"kind": "metric", **focal}),
         "normal": IntrinsicMap(rendering.normal),
         "segmentation": IntrinsicMap(
@@ -106,6 +105,12 @@ def _members(settings: TruthSettings, index: int) -> dict[str, bytes]:
         ),
         "line": IntrinsicMap(rendering.line),
     }
+
+
+def _members(settings: TruthSettings, index: int) -> dict[str, bytes]:
+    scene = compose(settings.seed, index)
+    rendering = render(scene, settings.size_px)
+    maps = exact_maps(rendering)
     members = {IMAGE: encode_png(rendering.image), "txt": rendering.caption.encode()}
     described: dict[str, Any] = {}
     for name, row in INTRINSICS.items():
