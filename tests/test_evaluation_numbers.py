@@ -10,9 +10,10 @@ from extract.world import compose, render
 from infer.evaluation import compare
 from infer.evaluation.agreement import agreement, resized
 from infer.evaluation.fidelity import Standard, cmmd, fid, kernels
-from infer.evaluation.generate import parse_methods
+from infer.evaluation.generate import maps_of, parse_methods
 from infer.evaluation.run import search_methods
 from infer.evaluation.sets import demo_captions, multi_prompts, place_words, prompt_set, read_names
+from shards.display import depth_picture
 from shards.errors import UsageError
 from shards.intrinsics import IntrinsicMap
 
@@ -188,3 +189,10 @@ def test_a_search_is_every_combination_beside_the_base(tmp_path):
     ]
     with pytest.raises(UsageError, match="lists of values"):
         search_methods(_written(tmp_path / "bad.toml", "[drop]\ntau = 700\n"))
+
+
+def test_a_blocks_depth_is_metric_and_shown_with_near_bright():
+    depth = np.repeat(np.linspace(1, 9, 16, dtype=np.float32)[:, None], 16, axis=1)  # near at the top
+    (item,) = maps_of({"depth": depth[None]}, 0).values()
+    shown = depth_picture(item).astype(int).sum(axis=2)
+    assert shown[1, 8] > shown[14, 8]

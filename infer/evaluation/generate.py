@@ -180,13 +180,15 @@ class Studio:
 
 _INDIFFERENT = ("seed", "seeds", "map_seeds", "batch", "device", "run")
 _STORED: Mapping[str, Any] = {"depth": np.float32, "normal": np.float16, "segmentation": np.uint16, "line": np.float16}
+_READ: Mapping[str, Any] = {**_STORED, "normal": np.float32, "line": np.float32}
+_SAID = {"depth": {"kind": "metric"}}  # of maps that the sampler makes of noise alone, and of renderings
 
 
 def maps_of(arrays: Arrays, row: int) -> dict[str, IntrinsicMap]:
     """The maps of one image of a block."""
     return {
-        name: IntrinsicMap(arrays[name][row] if name == "segmentation" else arrays[name][row].astype(np.float32))
-        for name in _STORED
+        name: IntrinsicMap(arrays[name][row].astype(_READ[name]), _SAID.get(name, {}))
+        for name in _READ
         if name in arrays
     }
 
