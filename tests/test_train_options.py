@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from infer.vae import widen
 from shards.errors import UserError
 from tests import tiny_text, training
 from tests.training import Averages, config_of, run_averages
 from train.checkpoint import Checkpoints
-from train.vae import perceptual, train_vae
+from train.data import Batch, Samples
+from train.vae import VaeTask, perceptual, train_vae
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,22 @@ def test_a_compiled_stage_learns_what_it_learns_otherwise(
     assert plain is not None and traced is not None and plain.weights.keys() == traced.weights.keys()
     for name, weights in plain.weights.items():
         torch.testing.assert_close(traced.weights[name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kl_term_asks_each_latent_channel_for_the_mean_and_deviation_that_pictures_have_in_it(
+    shards: str, tmp_path: Path
+) -> None:
+    config = config_of(shards, "none", tmp_path)
+    held = Samples(config.shards, config.data, config.seed).held_out()
+    vae = widen(AutoencoderKL(latent_channels=3, block_out_channels=(32,)))
+    wide = torch.tensor([4.0, 1.0, 0.1])[:, None, None]
+    latents = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * wide + 2 * wide
+    task = VaeTask(config.vae, vae, held, latents, 0, torch.device("cpu"))
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    with torch.no_grad():  # an encoder that answers so, whatever it is shown
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias.copy_(torch.cat([mean, 2 * std.log()]))
+        batch = Batch([one.sample for one in held])
+        assert task.losses(task.module, batch)["kl"].abs().max() < 1e-5
+        vae.quant_conv.bias.copy_(torch.cat([mean.roll(1), 2 * std.roll(1).log()]))
+        assert task.losses(task.module, batch)["kl"].min() > 1
