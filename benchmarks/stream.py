@@ -221,11 +221,11 @@ def main() -> None:
             os.sched_setaffinity(0, sorted(everything)[: given.cores])
             tars = sorted(folder.glob("*.tar"))
             runs = runs_of(url, list(map(str, tars)), given.samples, given.workers)
-            runs["decoding alone"] = lambda: decoding_alone(url, given.samples, given.workers)
+            runs["decoding alone"] = alone = lambda: decoding_alone(url, given.samples, given.workers)
             measure(f"{title}, from a disk", runs, given.samples, given.repeat)
             if endpoint is not None:
                 urls = [f"pipe:curl -s -f {endpoint}/{BUCKET}/{path.name}" for path in tars]
-                runs = runs_of(f"s3://{BUCKET}", urls, given.samples, given.workers)
+                runs = runs_of(f"s3://{BUCKET}", urls, given.samples, given.workers) | {"decoding alone": alone}
                 measure(f"{title}, from S3 with {given.delay_ms:g} ms", runs, given.samples, given.repeat)
         print(f"opening 1,000,000 samples and finding the last one: {time_to_resume(Path(scratch) / 'million'):.3f} s")
 
