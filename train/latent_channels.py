@@ -3,7 +3,8 @@
 A KL term makes all channels of a VAE equally large, the brightness of a patch and the grain of its floor alike. Noise then
 drowns both at the same timestep, and a diffusion model spends most of its loss on grain. Here what does more to the pixels
 becomes larger, as it is in pixels and in their principal components: a diffusion model draws it first. Of the embedded
-base's captions with two objects 9 % were drawn right after 192,000 pictures in the old basis, 27 % after 102,000 more in this one.
+base's captions with two objects 9 % were drawn right after 192,000 pictures in the old basis, 27 % after 102,000 more in
+this one.
 """
 
 from typing import Any
