@@ -57,7 +57,9 @@ class BaseTraining:
     cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
     may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
-    them. dropout: the share of captions that are left empty.
+    them. timesteps: the beta distribution, in 0..1, of those that the U-Net learns at: where things are, and of what shape, is
+    decided between 0.35 and 0.9; near 0, where much of a uniform draw's loss is, only their grain.
+    dropout: the share of captions that are left empty.
     """
 
     shards: str
@@ -72,16 +74,12 @@ class BaseTraining:
     steps: int = 16_000
     batch: int = 32
     rate: float = 4e-4
+    timesteps: tuple[float, float] = (2.0, 1.5)
     dropout: float = 0.1
     ema: float = 0.998
     warmup: int = 100
     cooldown: float = 0.25
     save_every: int = 100
-
-
-TIMESTEPS = 2.0, 1.5
-"""The beta distribution of the timesteps that the U-Net learns at, in 0..1. Where things are, and of what shape, is decided
-between 0.35 and 0.9; near 0, where much of a uniform draw's loss is, only their grain."""
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         dropped = torch.from_numpy(rng.random(config.batch) < config.dropout)
         ids = torch.where(dropped[:, None], empty, ids)
         noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32))
-        t = torch.from_numpy((rng.beta(*TIMESTEPS, size=config.batch) * len(kept)).astype(int))
+        t = torch.from_numpy((rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int))
         signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
         noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
         return F.mse_loss(unet(noisy[part], t[part], text(ids[part])[0]).sample, target[part])
