@@ -9,6 +9,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from safetensors.torch import load_file
 
 from extract.world import compose
+from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.verify import verify
 from train.base import BaseTraining, Pictures, evenly, train_base
@@ -29,6 +30,16 @@ def test_truth_shards_are_a_whole_dataset_and_writing_them_again_changes_nothing
     assert write_truth(truth, TruthSettings(count=12, shard_size=8), workers=1, progress=lambda done: None)["ok"] == 12
     assert {path.name: path.read_bytes() for path in Path(truth).iterdir() if path.is_file()} == before
     assert not verify(truth).problems
+
+
+def test_named_truth_has_only_the_scenes_whose_captions_name_all(tmp_path: Path) -> None:
+    settings = TruthSettings(count=12, shard_size=8, named=True)
+    write_truth(str(tmp_path), settings, workers=1, progress=lambda done: None)
+    whole = [index for index in range(12) if len((scene := compose(1, index)).mentioned) == len(scene.things)]
+    dataset = Dataset.open(str(tmp_path))
+    keys = [sample.key for shard in dataset.shard_names() for sample in dataset.samples(shard)]
+    assert keys == [f"truth-1-{index:07d}" for index in whole] and 0 < len(whole) < 12
+    assert not verify(str(tmp_path)).problems
 
 
 def test_every_caption_is_read_without_an_unknown_word_and_in_full() -> None:

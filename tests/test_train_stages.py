@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import resource
 import shutil
 import signal
 from importlib import resources
@@ -23,7 +24,7 @@ from tests import tiny_text, training
 from tests.training import config_of, die_at_forward, in_processes
 from train.cache_shard import CacheConfig, Models, all_members, cache_shard
 from train.checkpoint import Checkpoint, Checkpoints
-from train.config import load_train_config, recipe_names
+from train.config import TrainConfig, load_train_config, recipe_names
 from train.data import Batch, Samples, generator_of
 from train.log import held_out_figures
 from train.lora import DRAWS, draw, load_task, train_lora
@@ -117,19 +118,56 @@ def test_two_processes_train_the_lora_as_one_does(shards: str, trained: Path, tm
         torch.testing.assert_close(two.optimiser[slot], value, rtol=1e-4, atol=1e-7)
 
 
-def test_stage_one_goes_on_from_an_intrinsic_vae_and_refuses_one_of_another_shape(
+def _starting(shards: str, start: Path | str, out: Path, *settings: str) -> TrainConfig:
+    return dataclasses.replace(config_of(shards, tiny_text.models("sd21")[0], out, *settings), start=str(start))
+
+
+def test_stage_one_goes_on_from_the_vae_of_a_run_and_refuses_one_of_another_shape(
     shards: str, trained: Path, tmp_path: Path
 ) -> None:
-    base = tiny_text.models("sd21")[0]
-    again = train_vae(config_of(shards, base, tmp_path / "a", f"vae.start={trained}/vae", "vae.loop.steps=1"))
+    again = train_vae(_starting(shards, trained, tmp_path / "a", "vae.loop.steps=1"))
     assert again.first["loss"] == pytest.approx(held_out_figures(trained / "training" / "vae")[-1]["loss"], rel=1e-5)
     with pytest.raises(UserError, match="reads 3 channels; an intrinsic VAE reads 8"):
-        train_vae(config_of(shards, base, tmp_path / "b", f"vae.start={base}/vae"))
-    shutil.copytree(trained / "vae", tmp_path / "other")
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 3.0}))
+        train_vae(_starting(shards, tiny_text.models("sd21")[0], tmp_path / "b"))
+    shutil.copytree(trained / "vae", tmp_path / "other" / "vae")
+    config = json.loads((tmp_path / "other" / "vae" / "config.json").read_text())
+    (tmp_path / "other" / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 3.0}))
     with pytest.raises(UserError, match=r"no intrinsic VAE of this base: its scaling_factor is 3\.0"):
-        train_vae(config_of(shards, base, tmp_path / "c", f"vae.start={tmp_path}/other"))
+        train_vae(_starting(shards, tmp_path / "other", tmp_path / "c"))
+
+
+def test_stage_two_goes_on_from_the_lora_of_a_run_and_refuses_one_that_does_not_fit(
+    shards: str, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    again = train_lora(_starting(shards, trained, tmp_path, "lora.loop.steps=1"))
+    before, after = (
+        held_out_figures(trained / "training" / "lora")[0],
+        held_out_figures(trained / "training" / "lora")[-1],
+    )
+    assert again.first["loss"] == pytest.approx(after["loss"], rel=1e-5) != before["loss"]
+    with pytest.raises(UserError, match=r"another LoRA .* LoraShape\(rank=2.*not LoraShape\(rank=3"):
+        train_lora(_starting(shards, trained, tmp_path, "lora.rank=3"))
+    with pytest.raises(UserError, match=r"made with start = .*, and now it is ''"):
+        train_lora(_starting(shards, "", tmp_path, "lora.loop.steps=1"))
+    with pytest.raises(UserError, match="not a finished run folder"):
+        train_lora(_starting(shards, tmp_path / "typo", tmp_path))
+
+
+def test_a_full_disk_at_the_end_of_stage_one_is_a_sentence_and_the_vae_before_stays(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "vae", tmp_path / "vae")
+    before, limits = _digest(str(tmp_path / "vae")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # a file that cannot grow, as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*diffusion_pytorch_model\.safetensors"):
+            save_result(tiny_text.intrinsic_vae(), tmp_path / "vae")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert _digest(str(tmp_path / "vae")) == before
 
 
 def test_both_stages_train_in_bf16_on_the_cpu(shards: str, trained: Path, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def base(
         str | None, typer.Option(help="Learn on from this pipeline of `train base`; demo is the embedded one.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 16_000,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of such a step.")] = 32,
+    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 4e-4,
     debug: cli.DebugOption = False,
 ) -> None:
     """Trains the embedded base on the demo world: a Stable Diffusion pipeline of 64 px.
@@ -55,7 +57,7 @@ def base(
     from train.base import BaseTraining, train_base
 
     begin = Path(resolve(pretrained, "base")) if pretrained else None
-    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, steps=steps))
+    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, steps=steps, batch=batch, rate=rate))
     print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
 
 
@@ -83,6 +85,7 @@ def scenes(
     out: Annotated[str, typer.Option(help="Where the shards go, any fsspec URL.")] = "runs/truth",
     count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 20_000,
     first: Annotated[int, typer.Option(min=0, help="The first scene's number.")] = 0,
+    named: Annotated[bool, typer.Option("--named", help="Only scenes whose captions name all that is there.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="The world's seed.")] = 1,
     size: Annotated[int, typer.Option(min=8, help="Pixels of a side.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = 2,
@@ -98,7 +101,7 @@ def scenes(
 
     with Progress() as progress:
         task = progress.add_task("rendering scenes", total=count)
-        settings = TruthSettings(seed=seed, first=first, count=count, size_px=size)
+        settings = TruthSettings(seed=seed, first=first, count=count, named=named, size_px=size)
         totals = write_truth(out, settings, workers, lambda done: progress.advance(task, done))
     print(f"{totals['ok']} scenes in {out}; look at them with: python -m shards gallery {out}")
 
@@ -106,6 +109,12 @@ def scenes(
 Shards = Annotated[list[str], typer.Option("--shards", help="A dataset: a folder or any fsspec URL; may be repeated.")]
 Base = Annotated[str | None, typer.Option(help="demo, a diffusers folder, or a hub id.", show_default="the recipe's")]
 Out = Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/RECIPE")]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        help="Learn on from this run of the same base; demo is the embedded one.", show_default="the recipe's"
+    ),
+]
 Recipe = Annotated[str, typer.Option(help="demo, sd21-paper, sdxl, pixart-alpha, or a .toml of your own.")]
 Settings = Annotated[
     list[str] | None,
@@ -118,6 +127,7 @@ def vae(
     shards: Shards,
     base: Base = None,
     out: Out = None,
+    start: Start = None,
     recipe: Recipe = "demo",
     settings: Settings = None,
     debug: cli.DebugOption = False,
@@ -126,7 +136,7 @@ def vae(
 
     Next: `python -m train lora` with the same options.
     """
-    _train(("vae",), shards, base, out, recipe, settings)
+    _train(("vae",), shards, base, out, start, recipe, settings)
 
 
 @app.command()
@@ -134,6 +144,7 @@ def lora(
     shards: Shards,
     base: Base = None,
     out: Out = None,
+    start: Start = None,
     recipe: Recipe = "demo",
     settings: Settings = None,
     debug: cli.DebugOption = False,
@@ -142,7 +153,7 @@ def lora(
 
     Next: `python -m infer sample --base BASE --run OUT --prompt "..."`.
     """
-    _train(("lora",), shards, base, out, recipe, settings)
+    _train(("lora",), shards, base, out, start, recipe, settings)
 
 
 @app.command()
@@ -150,12 +161,13 @@ def both(
     shards: Shards,
     base: Base = None,
     out: Out = None,
+    start: Start = None,
     recipe: Recipe = "demo",
     settings: Settings = None,
     debug: cli.DebugOption = False,
 ) -> None:
     """Stage 1, then stage 2: what `make train` runs. The same command again continues."""
-    _train(("vae", "lora"), shards, base, out, recipe, settings)
+    _train(("vae", "lora"), shards, base, out, start, recipe, settings)
 
 
 @app.command()
@@ -206,13 +218,14 @@ def _train(
     shards: list[str],
     base: str | None,
     out: str | None,
+    start: str | None,
     recipe: str,
     settings: list[str] | None,
 ) -> None:
     from train.config import load_train_config
     from train.stages import run_stages
 
-    config = load_train_config(recipe, base=base, shards=shards, out=out, settings=settings or ())
+    config = load_train_config(recipe, base=base, shards=shards, out=out, start=start, settings=settings or ())
     run_stages(config, stages)
 
 

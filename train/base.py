@@ -7,14 +7,17 @@
                                                        machine, threads are faster
     python -m train base --pretrained demo --steps 9000 ...    goes on from a finished pipeline, whose VAE stays as it is
 
-Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
+On a GPU where there is one. Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
 """
 
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +47,12 @@ from train.base_networks import (
     make_vae,
     save_base,
 )
-from train.data import mirrored
+from train.data import generator_of, mirrored
 from train.latent_channels import weigh_channels
 from train.state import STATE, averaged, follow, load_state, save_state
+from train.truth import fully_named
+
+NOISE = 4  # a purpose of train.data.generator_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +105,12 @@ class Pictures:
         Half of the plain world's scenes are so: things that no word asked for would be most of what there is to learn.
         Raises UserError if there are none.
         """
-        dataset = Dataset.open(url)
-        images, captions = [], []
-        for shard in dataset.shard_names():
-            for sample in dataset.samples(shard):
-                if all(thing["mentioned"] for thing in sample.meta["objects"]):
-                    images.append(sample.image())
-                    captions.append(sample.caption)
-        if not images:
+        shards = Dataset.open(url).shard_names()
+        with ProcessPoolExecutor(max(1, min(len(shards), os.cpu_count() or 1)), get_context("spawn")) as pool:
+            found = [pair for pairs in pool.map(partial(fully_named, url), shards) for pair in pairs]
+        if not found:
             raise UserError(f"{url} holds no scenes; make some with: python -m train scenes --out {url}")
-        return Pictures(np.stack(images), captions)
+        return Pictures(np.stack([image for image, _ in found]), [caption for _, caption in found])
 
     def split(self, held_out: int) -> tuple["Pictures", "Pictures"]:
         """Those to learn from, each also mirrored with its caption, and the last `held_out` ones (at most a quarter)."""
@@ -127,6 +129,10 @@ def evenly(captions: Sequence[str]) -> np.ndarray:
     counts = Counter(kinds)
     shares = np.array([counts[kind] ** -0.5 for kind in kinds])
     return shares / shares.sum()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -157,17 +163,18 @@ def _train(
     rows: this process's part of the step's batch; gradients are averaged over the processes.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with bf16, 1.4 to 1.7 times as fast
     average = averaged(net)
     optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     first = load_state(folder / STATE, net, average, optimiser)
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress:
-        task, losses = progress.add_task(title, total=steps, completed=first), []
+        task, losses = progress.add_task(title, total=steps, completed=first), list[Tensor]()
         for step in range(first, steps):
             for group in optimiser.param_groups:
                 group["lr"] = rate * _rate(step, steps, config)
-            with torch.autocast("cpu", torch.bfloat16):  # weights stay in float32
+            with torch.autocast(device.type, torch.bfloat16):  # weights stay in float32
                 loss = loss_of(step, slice(rank, None, world))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -176,11 +183,11 @@ def _train(
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             follow(average, net, config.ema, step)
-            losses.append(loss.item())
+            losses.append(loss.detach())  # its number would have to be waited for
             progress.advance(task)
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
                 if rank == 0:
-                    progress.print(f"{title} step {step + 1}: loss {np.mean(losses):.4f}")
+                    progress.print(f"{title} step {step + 1}: loss {torch.stack(losses).mean():.4f}")
                     save_state(folder / STATE, step + 1, net, average, optimiser)
                 losses.clear()
     net.load_state_dict(average)
@@ -201,15 +208,17 @@ def _average_gradients(net: nn.Module, world: int) -> None:
 def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> AutoencoderKL:
     """Squared error of pixels, and a little KL. Returns the VAE with its channels weighed and its scaling_factor measured."""
     torch.manual_seed(config.seed)
+    device = _device()
     vae = make_vae()
+    nn.Module.to(vae, device)
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 1, step])
         rows = rng.integers(len(pictures.images), size=config.vae_batch)
         noise = rng.standard_normal((config.vae_batch, LATENT_CHANNELS, *[IMAGE_PX // STRIDE] * 2), np.float32)
-        x = pixels(pictures.images[rows[part]])
+        x = pixels(pictures.images[rows[part]]).to(device)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part])).sample
+        y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part]).to(device)).sample
         return 4 * F.mse_loss(y, x) + config.kl * posterior.kl().mean()
 
     _train(
@@ -221,6 +230,7 @@ def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> A
         folder=config.out / "vae",
         title="VAE",
     )
+    vae.cpu()
     weigh_channels(vae, pixels(pictures.images[:256]))
     z = _means(vae, pictures.images[:1024])
     vae.register_to_config(scaling_factor=float(1 / z.std()))
@@ -246,16 +256,18 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 
 
 def _means(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
-    """The posterior means (N, C, h, w) of images uint8 (N, H, W, 3), unscaled."""
+    """The posterior means (N, C, h, w) of images uint8 (N, H, W, 3), unscaled, on the CPU."""
+    device, parts = vae.device, []
     with torch.no_grad():
-        parts = [vae.encode(pixels(images[i : i + batch])).latent_dist.mean for i in range(0, len(images), batch)]
+        for start in range(0, len(images), batch):
+            parts.append(vae.encode(pixels(images[start : start + batch]).to(device)).latent_dist.mean.cpu())
     return torch.cat(parts).contiguous()
 
 
 def _latents(config: BaseTraining, vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     """_means, kept in config.out: encoding all pictures takes minutes, and every process and every start needs them."""
     path = config.out / "latents.safetensors"
-    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values()))
+    weights = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values()))
     made_of = f"{weights.hexdigest()} {hashlib.sha256(images.tobytes()).hexdigest()}"
     if path.exists():
         with safe_open(path, "pt") as file:
@@ -280,25 +292,29 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     if config.pretrained:
         unet = UNet2DConditionModel.from_pretrained(config.pretrained, subfolder="unet", torch_dtype=torch.float32)
         text = CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").float()
-    unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
-    net = nn.ModuleDict({"unet": unet, "text": text})
-    latents = _latents(config, vae, pictures.images) * vae.config["scaling_factor"]
+    device = _device()
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
+    net = nn.ModuleDict({"unet": unet, "text": text}).to(device)
+    nn.Module.to(vae, device)
+    latents = (_latents(config, vae, pictures.images) * vae.config["scaling_factor"]).to(device)
 
     def tokens_of(captions: list[str]) -> Tensor:
-        return torch.as_tensor(tokenizer(captions, padding="max_length", truncation=True)["input_ids"])
+        return torch.as_tensor(tokenizer(captions, padding="max_length", truncation=True)["input_ids"]).to(device)
 
     tokens, empty = tokens_of(pictures.captions), tokens_of([""])
-    shares = evenly(pictures.captions)
-    kept = scheduler.alphas_cumprod  # the share of the signal's variance that is left at each timestep
+    chances = np.cumsum(evenly(pictures.captions))
+    kept = scheduler.alphas_cumprod.to(device)  # the share of the signal's variance that is left at each timestep
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 2, step])
-        rows = torch.from_numpy(rng.choice(len(latents), size=config.batch, p=shares))
+        numbers = np.searchsorted(chances, rng.random(config.batch) * chances[-1], side="right")
+        rows = torch.from_numpy(numbers).to(device)
         z, ids = latents[rows], tokens[rows]
-        dropped = torch.from_numpy(rng.random(config.batch) < config.dropout)
+        dropped = torch.from_numpy(rng.random(config.batch) < config.dropout).to(device)
         ids = torch.where(dropped[:, None], empty, ids)
-        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32))
-        t = torch.from_numpy((rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int))
+        noise = torch.randn(z.shape, device=device, generator=generator_of(config.seed, step, NOISE, device))
+        t = torch.from_numpy((rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int)).to(device)
         signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
         noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
         return F.mse_loss(unet(noisy[part], t[part], text(ids[part])[0]).sample, target[part])
@@ -313,7 +329,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         title="text to image",
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_base(config.out / "pipeline", vae, unet, text, tokenizer)
+        save_base(config.out / "pipeline", vae.cpu(), unet.cpu(), text.cpu(), tokenizer)
 
 
 def train_base(config: BaseTraining) -> Path:
@@ -321,6 +337,7 @@ def train_base(config: BaseTraining) -> Path:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     pictures, held_out = Pictures.read(config.shards).split(config.held_out)
+    print(f"{len(pictures.captions)} pictures to learn from, half of them mirrored; {len(held_out.captions)} held out")
     config.out.mkdir(parents=True, exist_ok=True)
     vae = _finished_vae(config.pretrained) if config.pretrained else train_vae(config, pictures, held_out)
     train_text_to_image(config, pictures, vae)

@@ -100,6 +100,7 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(96, 192),
         layers_per_block=1,
+        transformer_layers_per_block=(3, 1),
         attention_head_dim=(3, 6),  # the number of heads, whatever its name says: each is 32 wide
         norm_num_groups=16,
         cross_attention_dim=TEXT_WIDTH,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -120,11 +120,9 @@ class VaeConfig:
     depth, normal, segmentation, line: weights of the reconstruction terms. missing: the weight of the loss on an intrinsic
     that was zeroed in the input (0: none is asked for). kl: weight of the KL term, against the base's latents of pictures.
     lpips: weight of the perceptual term; 0 leaves it out (it needs the package lpips).
-    start: the folder of an intrinsic VAE to begin with; "" begins with the base's own, widened.
     """
 
     loop: LoopConfig
-    start: str = ""
     drop: float = 0.1
     depth: float = 1.0
     normal: float = 1.0
@@ -183,12 +181,17 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole training. base: as infer opens it. shards: datasets. out: the run folder."""
+    """A whole training. base: as infer opens it. shards: datasets. out: the run folder.
+
+    start: a run of the same base whose intrinsic VAE and LoRA are learned on from, or "demo"; "" begins with the base's own
+    VAE, widened, and an untrained LoRA.
+    """
 
     name: str
     base: str
     shards: tuple[str, ...]
     out: str
+    start: str = ""
     vae: VaeConfig
     lora: LoraConfig
     seed: int = 0
@@ -211,7 +214,8 @@ class TrainConfig:
         for name in ("prompts", "sample_steps", "guidance"):
             table.pop(name, None)
         data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in ("workers", "memory_gb")}
-        return {"stage": stage, "seed": self.seed, "shards": list(self.shards), "data": data, **table, "loop": kept}
+        made_of = {"shards": list(self.shards), "start": self.start, "data": data}
+        return {"stage": stage, "seed": self.seed, **made_of, **table, "loop": kept}
 
 
 def recipe_names() -> list[str]:
@@ -221,11 +225,17 @@ def recipe_names() -> list[str]:
 
 
 def load_train_config(
-    recipe: str, *, base: str | None, shards: Sequence[str], out: str | None, settings: Sequence[str] = ()
+    recipe: str,
+    *,
+    base: str | None,
+    shards: Sequence[str],
+    out: str | None,
+    start: str | None = None,
+    settings: Sequence[str] = (),
 ) -> TrainConfig:
     """The configuration of `python -m train`: a recipe's name or a .toml, and TABLE.KEY=VALUE settings on top.
 
-    base: the recipe's own if None. Raises UsageError, naming the setting.
+    base, start: the recipe's own if None. Raises UsageError, naming the setting.
     """
     if recipe in recipe_names():
         text = (resources.files("train") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8")
@@ -240,5 +250,6 @@ def load_train_config(
         if (table := next(iter(parsed))) not in ("data", "vae", "lora"):
             raise UsageError(f"--set {setting}: the tables of a training recipe are data, vae and lora, not {table}")
         tables = merge(tables, parsed)
-    given: Mapping[str, Any] = {"name": name, "base": base, "shards": list(shards), "out": out or f"runs/{name}"}
+    given: dict[str, Any] = {"name": name, "base": base, "start": start, "shards": list(shards)}
+    given |= {"out": out or f"runs/{name}"}
     return load_config(TrainConfig, tables, given)

@@ -90,10 +90,16 @@ class Held:
     depth: DepthRange
 
 
-def generator_of(seed: int, position: int, purpose: int) -> torch.Generator:
-    """The generator of one sample of the stream; purposes are independent of each other. On the CPU, for every device."""
+CPU = torch.device("cpu")
+
+
+def generator_of(seed: int, position: int, purpose: int, device: torch.device = CPU) -> torch.Generator:
+    """The generator of one sample of the stream; purposes are independent of each other.
+
+    One of the CPU gives the same numbers whatever trains.
+    """
     state = np.random.SeedSequence([seed, position, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
 def mirrored(caption: str) -> str:

@@ -22,9 +22,10 @@ class Log:
         (folder / "sheets").mkdir(exist_ok=True)
         self._folder, self._path = folder, folder / "log.jsonl"
         kept = [line for line in read_log(folder) if line["step"] <= first_step] if first_step else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard", first_step)
+        Folder(folder).write(self._path.name, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with Folder(folder).explained(self._path.name, "write"):
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = _tensorboard(folder / "tensorboard", first_step)
         self._wandb = _wandb(folder, config) if wandb else None
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,8 +41,8 @@ class Log:
             path = Path("sheets") / f"{name}-{step:08d}.png"
             with Folder(self._folder).explained(str(path), "write"):
                 picture.save(self._folder / path)
-            if self._board is not None:
-                self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                if self._board is not None:
+                    self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
             if self._wandb is not None:
                 import wandb
 
@@ -51,16 +52,17 @@ class Log:
         with Folder(self._folder).explained(self._path.name, "write"):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            if self._board is not None:
-                self._board.add_scalar(name, value, step)
+            for name, value in values.items():
+                if self._board is not None:
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with Folder(self._folder).explained(self._path.name, "write"):
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -20,12 +20,12 @@ def averaged(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
 
+@torch.no_grad()
 def follow(average: Mapping[str, Tensor], net: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average; the first steps move faster, so that the start is forgotten."""
     decay = min(decay, (step + 1) / (step + 10))
-    for name, tensor in net.state_dict().items():
-        if tensor.is_floating_point():
-            average[name].lerp_(tensor, 1 - decay)
+    now = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    torch._foreach_lerp_([average[name] for name in now], list(now.values()), 1 - decay)
 
 
 def save_state(

@@ -13,8 +13,10 @@ from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from extract.sources.demo import WORLD_VERSION, metadata
-from extract.world import Rendering, compose, render
+from extract.world import Rendering, Scene, compose, render
 from shards.dataset import Dataset, add_counts, write_info
 from shards.errors import UsageError, UserError
 from shards.intrinsics import INTRINSICS, IntrinsicMap, describe_segments, encode_png
@@ -30,11 +32,15 @@ MAKER = {"id": f"truth@{WORLD_VERSION}", "name": "truth", "weights": "", "settin
 
 @dataclass(frozen=True, kw_only=True)
 class TruthSettings:
-    """Scenes first .. first + count - 1 of a seed, rendered at size_px x size_px."""
+    """Scenes first .. first + count - 1 of a seed, rendered at size_px x size_px.
+
+    named: only those whose captions name all that is there, about half of them.
+    """
 
     seed: int = 1
     first: int = 0
     count: int = 20_000
+    named: bool = False
     size_px: int = 64
     shard_size: int = 500
 
@@ -82,15 +88,23 @@ def write_truth(url: str, settings: TruthSettings, workers: int, progress: Calla
 
 
 def write_shard(url: str, settings: TruthSettings, index: int) -> int:
-    """Renders and commits one shard; returns how many scenes it has."""
+    """Renders and commits one shard; returns how many scenes it was made of."""
     started, start = perf_counter(), index * settings.shard_size
     scenes = range(settings.first + start, settings.first + min(start + settings.shard_size, settings.count))
     made = {"config": digest(asdict(settings)), "first": scenes[0], "last": scenes[-1]}
     with ShardWriter(Folder(url), index, members=member_names(IMAGE, tuple(INTRINSICS)), made=made) as writer:
-        for scene in scenes:
-            writer.add(f"truth-{settings.seed}-{scene:07d}", _members(settings, scene))
+        for number in scenes:
+            scene = compose(settings.seed, number)
+            if not settings.named or len(scene.mentioned) == len(scene.things):
+                writer.add(f"truth-{settings.seed}-{number:07d}", _members(settings, scene))
         writer.commit({"total_s": perf_counter() - started})
     return len(scenes)
+
+
+def fully_named(url: str, shard: str) -> list[tuple[np.ndarray, str]]:
+    """Image, uint8 (H, W, 3), and caption of a shard's scenes whose captions name all that is there."""
+    samples = Dataset.open(url).samples(shard)
+    return [(s.image(), s.caption) for s in samples if all(thing["mentioned"] for thing in s.meta["objects"])]
 
 
 def exact_maps(rendering: Rendering) -> dict[str, IntrinsicMap]:
@@ -107,8 +121,7 @@ def exact_maps(rendering: Rendering) -> dict[str, IntrinsicMap]:
     }
 
 
-def _members(settings: TruthSettings, index: int) -> dict[str, bytes]:
-    scene = compose(settings.seed, index)
+def _members(settings: TruthSettings, scene: Scene) -> dict[str, bytes]:
     rendering = render(scene, settings.size_px)
     maps = exact_maps(rendering)
     members = {IMAGE: encode_png(rendering.image), "txt": rendering.caption.encode()}

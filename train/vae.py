@@ -1,26 +1,30 @@
-"""Stage 1: the intrinsic VAE (paper, sec. 3.2): the base's VAE, widened to the packed intrinsics, fine-tuned.
+"""Stage 1: the intrinsic VAE (paper, sec. 3.2): the base's VAE, widened to the packed intrinsics, fine-tuned; or another
+run's, which learns on.
 
 Each intrinsic is zeroed in the input with probability 0.1, independently, so that no single one dominates the latent. The
 loss then asks for the intrinsics that were given (ours; `vae.missing` asks for the others too).
 """
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from infer.bases import open_base
+from infer.shipped import resolve
 from infer.vae import scaled, widen
 from shards.display import Row, sheet
 from shards.errors import UserError
 from shards.intrinsics import INTRINSICS
 from shards.packing import CHANNELS, SLICES, unpack
+from shards.storage import Folder
 from train.config import TrainConfig, VaeConfig
 from train.data import Batch, Held, Samples, generator_of
 from train.engine import Outcome, Validation, make_accelerator, train
@@ -170,7 +174,8 @@ def train_vae(config: TrainConfig) -> Outcome:
     samples = Samples(config.shards, config.data, config.seed, str(config.folder / "training" / "selection"))
     held = samples.held_out()
     base_vae = pipeline.vae.to(device).eval()
-    vae = widen(base_vae) if not config.vae.start else intrinsic_vae(Path(config.vae.start), like=base_vae)
+    start = Path(resolve(config.start, "run")) / RESULT
+    vae = intrinsic_vae(start, like=base_vae) if config.start else widen(base_vae)
     with torch.no_grad():
         images = Batch([one.sample for one in held[:_PICTURES]]).image().to(device)
         image_latents = base_vae.encode(images).latent_dist.mode()
@@ -194,12 +199,15 @@ def train_vae(config: TrainConfig) -> Outcome:
 
 
 def save_result(vae: AutoencoderKL, folder: Path) -> None:
-    """Writes the trained VAE as a diffusers folder, in one go."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    vae.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    """Writes the trained VAE as a diffusers folder, in one go. Raises UserError (a full disk, ...); what was there stays."""
+    parent, temporary = Folder(folder.parent), f".{folder.name}.tmp"
+    parent.remove(temporary)
+    parent.make(temporary)
+    parent.write(f"{temporary}/{CONFIG_NAME}", vae.to_json_string().encode())
+    tensors = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
+    parent.write(f"{temporary}/{SAFETENSORS_WEIGHTS_NAME}", save(tensors, {"format": "pt"}))
+    parent.remove(folder.name)
+    parent.publish(temporary, folder.name)
 
 
 def trained_vae(config: TrainConfig) -> AutoencoderKL:
