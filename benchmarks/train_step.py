@@ -126,7 +126,7 @@ def our_step(pipeline: Any, batch: Batch, device: str, dtype: torch.dtype, cache
     pixels = batch.samples[0].image.shape[-1]
     settings = [f"data.size_px={pixels}", f"lora.rank={RANK}"]
     settings.append(f"lora.loop.precision={'float32' if dtype == torch.float32 else 'bf16'}")
-    config = load_train_config("demo", base="", shards=["none"], out="none", settings=settings)
+    config = load_train_config("demo", base="", shards=["none"], out="none", start="", settings=settings)
     task = make_task(config, pipeline, widen(pipeline.vae), [], torch.device(device), keep=cached)
     learning = list(task.trainable().values())
     optimiser = torch.optim.AdamW(learning, lr=1e-4, fused=True)

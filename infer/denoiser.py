@@ -342,10 +342,17 @@ def _stage_weights(weights: list[tuple[float, ...]], device: torch.device) -> li
 
     Numbers as int: torch.compile keeps 0 and 1 apart as constants, and takes floats for variables.
     """
-    values = torch.tensor(weights, dtype=torch.float32).T  # (stages, 1 or P)
-    mixed = (values[:, 0] if len(weights) == 1 else values).to(device)
-    by_stage = [set(stage) for stage in zip(*weights, strict=True)]
-    return [int(stage.pop()) if stage in ({0.0}, {1.0}) else mixed[i] for i, stage in enumerate(by_stage)]
+    made: list[float | Tensor] = []
+    mixed: Tensor | None = None  # put on the device only where it is needed
+    for i, stage in enumerate(zip(*weights, strict=True)):
+        if set(stage) in ({0.0}, {1.0}):
+            made.append(int(stage[0]))
+            continue
+        if mixed is None:
+            values = torch.tensor(weights, dtype=torch.float32).T  # (stages, 1 or P)
+            mixed = (values[:, 0] if len(weights) == 1 else values).to(device)
+        made.append(mixed[i])
+    return made
 
 
 @torch.compiler.disable

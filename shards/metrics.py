@@ -21,6 +21,21 @@ def median_scaled(predicted_m: np.ndarray, truth_m: np.ndarray) -> np.ndarray:
     return predicted_m * (np.median(truth_m[valid]) / np.median(predicted_m[valid]))
 
 
+def log_aligned(predicted_m: np.ndarray, truth_m: np.ndarray) -> np.ndarray:
+    """The predicted depth (H, W) as c d^k, with c and k >= 0 fitted to the truth by least squares of logarithms.
+
+    For depth whose scale and range are both unknown, as packing (shards.packing) leaves it: its logarithm is known up to a
+    factor and a shift, as inverse depth is in relative depth estimation (Ranftl et al. 2020).
+    """
+    valid = _both(predicted_m, truth_m)
+    if not valid.any():
+        return predicted_m
+    p, t = np.log(predicted_m[valid].astype(np.float64)), np.log(truth_m[valid].astype(np.float64))
+    spread = p - p.mean()
+    k = max(0.0, float(spread @ (t - t.mean())) / max(float(spread @ spread), 1e-12))
+    return np.where(valid, np.exp(k * (np.log(np.where(valid, predicted_m, 1)) - p.mean()) + t.mean()), predicted_m)
+
+
 def abs_rel(predicted_m: np.ndarray, truth_m: np.ndarray) -> float:
     """AbsRel: the mean of |d - d*| / d* over depths (H, W) in metres."""
     valid = _both(predicted_m, truth_m)

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from shards.metrics import abs_rel, angular_error, delta_1, edge_f_score, median_scaled, psnr, segment_boundaries
+from shards.metrics import (
+    abs_rel,
+    angular_error,
+    delta_1,
+    edge_f_score,
+    log_aligned,
+    median_scaled,
+    psnr,
+    segment_boundaries,
+)
 
 TRUTH = np.array([[1, 2], [4, np.inf]], np.float32)
 
@@ -19,6 +28,14 @@ def test_median_scaling_takes_a_wrong_unit_away() -> None:
     np.testing.assert_allclose(median_scaled(TRUTH * 100, TRUTH)[0], TRUTH[0])
     nothing = np.full((2, 2), np.nan)
     assert median_scaled(nothing, TRUTH) is nothing
+
+
+def test_aligning_logarithms_takes_a_wrong_scale_and_a_wrong_range_away_but_never_turns_depth_round() -> None:
+    np.testing.assert_allclose(log_aligned(3 * TRUTH**0.4, TRUTH)[[0, 0, 1], [0, 1, 0]], [1, 2, 4], rtol=1e-6)
+    flat = log_aligned(1 / TRUTH, TRUTH)  # the best that is not the other way round is the same depth everywhere
+    np.testing.assert_allclose(flat[[0, 0, 1], [0, 1, 0]], 2, rtol=1e-6)
+    nothing = np.full((2, 2), np.nan)
+    assert log_aligned(nothing, TRUTH) is nothing
 
 
 def test_the_angle_between_normals_in_degrees() -> None:

@@ -79,8 +79,8 @@ def write_scenes(path: Path, shards: int = 3, per_shard: int = 5) -> str:
 
 
 def config_of(shards: str, base: str, out: Path, *settings: str) -> TrainConfig:
-    """The demo recipe made small."""
-    return load_train_config("demo", base=base, shards=[shards], out=str(out), settings=[*SMALL, *settings])
+    """The demo recipe made small, begun anew."""
+    return load_train_config("demo", base=base, shards=[shards], out=str(out), start="", settings=[*SMALL, *settings])
 
 
 # ---- a stage that costs nothing --------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ One timestep for both streams, two independent noises, w = 1 everywhere. What is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from infer.bases import describe_base, network_of, open_base, prediction_type_of
-from infer.lora import read_lora
-from infer.run_folder import LORA, LoraShape, load_manifest, manifest_for, save_run
-from infer.shipped import resolve
+from infer.run_folder import manifest_for, save_run
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.packing import SLICES
@@ -30,6 +27,7 @@ from train.engine import Outcome, Validation, make_accelerator, precision, train
 from train.latents import Encoder
 from train.network import encode_nothing, network_arguments, signal_levels
 from train.sheets import TrainingGenerator, sample_sheet
+from train.start import begin_with, started_from
 from train.streams import Streams, make_streams
 from train.vae import trained_vae
 
@@ -219,8 +217,8 @@ def make_task(
             _frozen(part)
     torch.manual_seed(config.seed)  # the adapters begin alike in every process
     streams = make_streams(network_of(pipeline), lora)
-    if config.start:
-        begin_with(streams, config, pipeline)
+    if run := started_from(config, pipeline):
+        begin_with(run, streams, config)
     without = tuple(SLICES[name] for name in lora.without)
     return LoraTask(
         config=lora,
@@ -234,24 +232,6 @@ def make_task(
         device=device,
         size_px=config.data.size_px,
     )
-
-
-def begin_with(streams: Streams, config: TrainConfig, pipeline: Any) -> None:
-    """Copies the LoRA of config.start into untrained adapters.
-
-    Raises UserError unless it is of a run for this base with the same rank, alpha and layers.
-    """
-    run = resolve(config.start, "run")
-    manifest = load_manifest(run)
-    manifest.check(describe_base(network_of(pipeline), config.base), prediction_type_of(pipeline))
-    theirs, mine = read_lora(Path(run) / LORA), streams.trainable()
-    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (theirs.tensors, mine)]
-    shape = LoraShape(rank=config.lora.rank, alpha=streams.weights(mine).alpha, targets=config.lora.targets)
-    if shapes[0] != shapes[1] or theirs.alpha != shape.alpha:
-        raise UserError(f"{run} has another LoRA than this training: {manifest.lora}, not {shape}; set [lora] alike")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(theirs.tensors[name])
 
 
 def train_lora(config: TrainConfig) -> Outcome:

@@ -18,7 +18,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from infer.bases import open_base
-from infer.shipped import resolve
 from infer.vae import scaled, widen
 from shards.display import Row, sheet
 from shards.errors import UserError
@@ -29,6 +28,7 @@ from train.config import TrainConfig, VaeConfig
 from train.data import Batch, Held, Samples, generator_of
 from train.engine import Outcome, Validation, make_accelerator, train
 from train.metrics import compare, mean_of
+from train.start import ANEW, started_from
 from train.vae_loss import kl, reconstruction, weighted
 
 DRAWS = 1  # purpose of this stage's generators (train.data.generator_of)
@@ -174,8 +174,8 @@ def train_vae(config: TrainConfig) -> Outcome:
     samples = Samples(config.shards, config.data, config.seed, str(config.folder / "training" / "selection"))
     held = samples.held_out()
     base_vae = pipeline.vae.to(device).eval()
-    start = Path(resolve(config.start, "run")) / RESULT
-    vae = intrinsic_vae(start, like=base_vae) if config.start else widen(base_vae)
+    run = started_from(config, pipeline)
+    vae = intrinsic_vae(run / RESULT, like=base_vae) if run else widen(base_vae)
     with torch.no_grad():
         images = Batch([one.sample for one in held[:_PICTURES]]).image().to(device)
         image_latents = base_vae.encode(images).latent_dist.mode()
@@ -234,5 +234,7 @@ def intrinsic_vae(folder: Path, like: AutoencoderKL | None = None) -> Autoencode
         for name in ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels"):
             mine, wanted = vae.config.get(name), theirs.get(name)
             if mine != wanted:
-                raise UserError(f"{folder} is no intrinsic VAE of this base: its {name} is {mine}, the base's {wanted}")
+                raise UserError(
+                    f"{folder} is no intrinsic VAE of this base: its {name} is {mine}, the base's {wanted}; {ANEW}"
+                )
     return vae.float()

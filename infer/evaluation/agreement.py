@@ -13,7 +13,7 @@ import numpy as np
 from extract.estimators import Estimator
 from extract.estimators.table import find_set, load, tasks_of
 from shards.intrinsics import IntrinsicMap, order_segments
-from shards.metrics import abs_rel, angular_error, edge_f_score, median_scaled, segment_boundaries
+from shards.metrics import abs_rel, angular_error, edge_f_score, log_aligned, segment_boundaries
 
 Maps = Mapping[str, IntrinsicMap]
 
@@ -84,14 +84,15 @@ def _area(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def agreement(made: Maps, seen: Maps) -> dict[str, float]:
     """The measures of one image, made maps against seen ones of the same size: MEASURES, NaN for a map that is missing.
 
-    abs_rel: of depths, after the made ones were brought to the seen ones' median, since a picture does not tell its scale.
+    abs_rel: of depths, after scale and range of the made ones (which packing normalises: a made map has none of its own)
+    were fitted to the seen ones.
     normal_deg: mean angle. boundary_f, line_f: F-scores of the borders of segments and of lines.
     """
     values = dict.fromkeys(MEASURES, float("nan"))
     both = [name for name in made if name in seen]
     if "depth" in both:
         d, truth = made["depth"].values, seen["depth"].values
-        values["abs_rel"] = abs_rel(median_scaled(d, truth), truth)
+        values["abs_rel"] = abs_rel(log_aligned(d, truth), truth)
     if "normal" in both:
         values["normal_deg"] = angular_error(made["normal"].values, seen["normal"].values)
     if "segmentation" in both:
