@@ -23,7 +23,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a fresh clone with its environment ready, and one image to extract."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
-        if path.name not in ("data", "runs", ".venv"):
+        if path.name not in ("data", "runs", "samples", ".venv"):
             (folder / path.name).symlink_to(path)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     (folder / "path" / "to" / "images").mkdir(parents=True)

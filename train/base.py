@@ -308,7 +308,9 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 2, step])
-        numbers = np.searchsorted(chances, rng.random(config.batch) * chances[-1], side="right")
+        numbers = np.searchsorted(chances, rng.random(config.batch) * chances[-1], side="right").clip(
+            max=len(chances) - 1
+        )
         rows = torch.from_numpy(numbers).to(device)
         z, ids = latents[rows], tokens[rows]
         dropped = torch.from_numpy(rng.random(config.batch) < config.dropout).to(device)
