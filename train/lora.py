@@ -196,7 +196,7 @@ def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[Lo
     selection = str(config.folder / "training" / "selection")
     samples = Samples(config.shards, config.data, config.seed, selection, caches)
     seen = config.lora.loop.steps * config.lora.loop.batch * config.lora.loop.accumulate * world
-    # on a GPU encoding a batch is cheaper than putting one together from samples that were encoded alone
+    # encoding each sample alone is for the CPU's exact resume, which GPUs do not promise; there whole batches are encoded
     keep = device.type == "cpu" and samples.in_memory and seen >= SEEN_OFTEN * len(samples)
     return make_task(config, pipeline, vae, samples.held_out_samples(), device, keep), samples
 
