@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from infer.attention import attend, both, joint_attention
+from infer.attention import attend, joined, joint_attention
 from infer.denoiser import JointDenoiser
 from infer.schedules import Gaussian, Joint, Off, Schedule
 
@@ -39,7 +39,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     tokens = q.shape[3]
     mask = torch.zeros(tokens, 2 * tokens, dtype=q.dtype, device=q.device)
     mask[:, tokens:] = torch.log(torch.tensor(WEIGHT))
-    return torch.stack([attend(q[:, 0], both(k), both(v), mask), attend(q[:, 1], both(k), both(v))], 1)
+    return torch.stack([attend(q[:, 0], joined(k), joined(v), mask), attend(q[:, 1], joined(k), joined(v))], 1)
 
 
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {

@@ -1,8 +1,8 @@
-"""Whether the two streams read each other: each one's loss beside its own partner, and beside that of another picture.
+"""Whether the streams read each other: each one's loss beside its own partner, and beside that of another picture.
 
     python -m benchmarks.coupling [--base demo] [--run demo] [--scenes 64]
 
-Unseen scenes of the demo world with exact maps; both streams at the same timestep, w = 1, as in training (eq. 5). A stream
+Unseen scenes of the demo world with exact maps; all streams at the same timestep, w = 1, as in training (eq. 5). A stream
 that reads its partner does worse beside a wrong one, and better beside one without noise. Where the numbers are the same, no
 schedule can change a picture, and maps do not belong to it.
 """
@@ -34,38 +34,39 @@ TIMESTEPS = 100, 300, 500, 700, 900
 
 
 class Streams:
-    """Both streams of some scenes, ready to be noised. clean, noise: (2, N, C, h, w), image and intrinsics."""
+    """All streams of some scenes, ready to be noised. clean, noise: (S, N, C, h, w), image and intrinsics."""
 
     @torch.no_grad()
     def __init__(self, base: str, run: str, scenes: int) -> None:
         self.pipeline = open_base(resolve(base, "base"), dtype=torch.float32)
         trained = load_run(resolve(run, "run"))
         self.network = network_of(self.pipeline)
-        self.denoiser = JointDenoiser.install(self.network, lora=trained.lora)
+        self.denoiser = JointDenoiser.install(self.network, lora=trained.lora, streams=trained.manifest.streams)
         composed = [compose(SEED, index) for index in range(scenes)]
         rendered = [render(scene, PX) for scene in composed]
         images = pixels(np.stack([one.image for one in rendered]))
         packed = torch.from_numpy(np.stack([pack(exact_maps(one))[0] for one in rendered]))
-        self.clean = torch.stack([encode(self.pipeline.vae, images), encode(trained.vae, packed)])
+        encoded = torch.cat([encode(self.pipeline.vae, images), encode(trained.vae, packed)])
+        self.clean = encoded.unflatten(0, (-1, scenes))
         self.noise = torch.randn(self.clean.shape, generator=torch.Generator().manual_seed(0))
         self.text = encode_text(self.pipeline, [scene.caption for scene in composed])
         self.levels, self.prediction = signal_levels(self.pipeline), prediction_type_of(self.pipeline)
 
     @torch.no_grad()
     def losses(self, clean: Tensor, timesteps: tuple[int, int]) -> tuple[float, float]:
-        """The mean losses of image and intrinsics at their timesteps, of clean latents (2, N, C, h, w)."""
-        count = clean.shape[1]
-        steps = torch.tensor(timesteps).repeat_interleave(count)
+        """The mean losses of image and intrinsics at their timesteps, of clean latents (S, N, C, h, w)."""
+        streams, count = clean.shape[:2]
+        steps = torch.tensor([timesteps[0]] + [timesteps[1]] * (streams - 1)).repeat_interleave(count)
         levels, noise = self.levels[steps], self.noise.flatten(0, 1)
         wanted = target(clean.flatten(0, 1), noise, levels, self.prediction)
-        sizes = torch.tensor([[PX, PX, 0, 0, PX, PX]]).repeat(2 * count, 1)
-        text = {name: torch.cat([rows, rows]) for name, rows in self.text.items()}
+        sizes = torch.tensor([[PX, PX, 0, 0, PX, PX]]).repeat(streams * count, 1)
+        text = {name: torch.cat([rows] * streams) for name, rows in self.text.items()}
         conditions = network_arguments(self.pipeline, text, sizes)
         self.denoiser.prepare(count, Joint())
         noisy = noised(clean.flatten(0, 1), noise, levels)
         predicted = self.network(noisy, timestep=steps, return_dict=False, **conditions)[0]
-        image, intrinsics = stream_loss(predicted, wanted).view(2, count).mean(dim=1).tolist()
-        return image, intrinsics
+        found = stream_loss(predicted, wanted).view(streams, count)
+        return float(found[0].mean()), float(found[1:].mean())
 
 
 def main() -> None:
@@ -75,9 +76,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=64)
     given = parser.parse_args()
     streams = Streams(given.base, given.run, given.scenes)
-    others = [streams.clean.clone(), streams.clean.clone()]
-    for stream, clean in enumerate(others):
-        clean[stream] = clean[stream].roll(1, dims=0)
+    others = [streams.clean.clone(), streams.clean.clone()]  # with another's image; with another's intrinsics
+    others[0][0] = others[0][0].roll(1, dims=0)
+    others[1][1:] = others[1][1:].roll(1, dims=1)
     table = Table(title="loss beside a partner that is")
     for column in ("timestep", "image: its own", "another's", "clean", "intrinsics: its own", "another's", "clean"):
         table.add_column(column, justify="right")

@@ -1,9 +1,10 @@
 """Cross-domain self-attention of two streams (paper, eq. 1), weighted (eq. 4), exact and without a mask.
 
-Shape letters: P pairs (one image and its intrinsics), 2 streams (0 image, 1 intrinsics), H heads, N tokens of one stream,
-D width of a head. Every function here is pure; what knows about networks is in denoiser.py.
+Shape letters: P pairs (one image and its intrinsics), S streams (0 image, the others intrinsics), H heads, N tokens of one
+stream, D width of a head. The method has S = 2; its ablation without the shared VAE has S = 5, a stream for each intrinsic.
+Every function here is pure; what knows about networks is in denoiser.py.
 
-    eq. 1   both streams' queries read the keys and values of both streams (2N tokens)
+    eq. 1   all streams' queries read the keys and values of all streams (S N tokens)
     eq. 4   Attn_x = softmax(q_x k^T / sqrt(D) + log W) v,   W = 1 on the image's columns, w on the intrinsics' columns
 
 Eq. 4 for the image, with Z_self = sum exp over its own columns and Z_cross over the intrinsics' columns, is the convex mix
@@ -12,7 +13,7 @@ Eq. 4 for the image, with Z_self = sum exp over its own columns and Z_cross over
     g = w Z_cross / (Z_self + w Z_cross) = sigmoid(lse_cross + log w - lse_self),         lse = log Z
 
 so two ordinary attention calls that also return their log-sum-exp give it exactly. g is the share of its attention that
-an image token pays to the intrinsics. The intrinsic stream always uses weight 1.
+an image token pays to the intrinsics. Intrinsic streams always use weight 1.
 """
 
 import math
@@ -33,14 +34,14 @@ CHUNK_LOGITS = 2**24  # the plain-torch form holds at most about this many float
 def joint_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: float | Tensor, *, backend: Backend = "merge", share: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Both streams' attention: the image by eq. 4 with this weight, the intrinsics by eq. 1.
+    """All streams' attention: the image by eq. 4 with this weight, the intrinsics by eq. 1.
 
-    q, k, v: (P, 2, H, N, D), one floating dtype. weight: w >= 0, a number, or a tensor () or (P,); a tensor always takes
+    q, k, v: (P, S, H, N, D), one floating dtype. weight: w >= 0, a number, or a tensor () or (P,); a tensor always takes
     the general path (no look at its values, so no wait for the device and no recompilation), a number 0 or 1 the plain
     calls. backend, for fractional w: "merge" (fastest, no gradient: the fused kernels give none for the log-sum-exp) or
     "bias" (a row bias of log w; differentiable, in q, k, v and in w; in half precision log w itself is rounded to it).
 
-    Returns (P, 2, H, N, D), and g (P, H, N) float32 in [0, 1] if `share`, else None. Raises UserError for merge under
+    Returns (P, S, H, N, D), and g (P, H, N) float32 in [0, 1] if `share`, else None. Raises UserError for merge under
     autograd, an unknown backend, or a negative number as weight.
     """
     if backend not in ("merge", "bias"):
@@ -58,22 +59,22 @@ def joint_attention(
 
     if isinstance(weight, (int, float)) and weight == 0:
         zero = torch.zeros(q.shape[0], *q.shape[2:4], dtype=torch.float32, device=q.device) if share else None
-        return pair(attend(q[:, 0], k[:, 0], v[:, 0]), attend(q[:, 1], both(k), both(v))), zero
+        return together(attend(q[:, 0], k[:, 0], v[:, 0]), attend(joined(q[:, 1:]), joined(k), joined(v))), zero
     if isinstance(weight, (int, float)) and weight == 1 and not (share and not differentiates):
-        out = attend(both(q), both(k), both(v)).unflatten(2, (2, -1)).transpose(1, 2)
+        out = attend(joined(q), joined(k), joined(v)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
         return out, attention_share(q, k, weight) if share else None
     if backend == "bias":
-        image = attend(q[:, 0], both(k), both(v), row_bias(q, weight))
+        image = attend(q[:, 0], joined(k), joined(v), row_bias(q, weight))
         g = attention_share(q, k, weight) if share else None
     else:
         image, g = merged(q, k, v, weight)
-    return pair(image, attend(q[:, 1], both(k), both(v))), g if share else None
+    return together(image, attend(joined(q[:, 1:]), joined(k), joined(v))), g if share else None
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 4 for the image from two calls. q, k, v: (P, 2, H, N, D). Returns (P, H, N, D) and g (P, H, N) float32."""
+    """Eq. 4 for the image from two calls. q, k, v: (P, S, H, N, D). Returns (P, H, N, D) and g (P, H, N) float32."""
     own, lse_own = attend_with_lse(q[:, 0], k[:, 0], v[:, 0])
-    cross, lse_cross = attend_with_lse(q[:, 0], k[:, 1], v[:, 1])
+    cross, lse_cross = attend_with_lse(q[:, 0], joined(k[:, 1:]), joined(v[:, 1:]))
     g = torch.sigmoid(lse_cross + log_weight(weight, lse_own) - lse_own)
     return torch.lerp(own.to(g.dtype), cross.to(g.dtype), g[..., None]).to(q.dtype), g
 
@@ -86,14 +87,15 @@ def attention_share(q: Tensor, k: Tensor, weight: float | Tensor) -> Tensor:
         return merged(q, k, k, weight)[1]
 
 
-def both(x: Tensor) -> Tensor:
-    """(P, 2, H, N, D) -> (P, H, 2N, D): image tokens, then intrinsic tokens. A view if laid out as (P, 2, N, H, D)."""
+def joined(x: Tensor) -> Tensor:
+    """(P, S, H, N, D) -> (P, H, S N, D): the streams' tokens in turn. A view if S is 1, or laid out as (P, S, N, H, D)."""
     return x.transpose(2, 3).flatten(1, 2).transpose(1, 2)
 
 
-def pair(image: Tensor, intrinsic: Tensor) -> Tensor:
-    """Two (P, H, N, D) -> (P, 2, H, N, D), laid out as (P, 2, N, H, D) like the kernels' own results."""
-    return torch.stack([image.transpose(1, 2), intrinsic.transpose(1, 2)], 1).transpose(2, 3)
+def together(image: Tensor, intrinsics: Tensor) -> Tensor:
+    """(P, H, N, D), (P, H, (S - 1) N, D) -> (P, S, H, N, D), laid out as (P, S, N, H, D) like the kernels' own results."""
+    tokens = torch.cat([image.transpose(1, 2), intrinsics.transpose(1, 2)], 1)
+    return tokens.unflatten(1, (-1, image.shape[2])).transpose(2, 3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,10 +109,10 @@ def log_weight(weight: float | Tensor, like: Tensor) -> Tensor:
 
 
 def row_bias(q: Tensor, weight: float | Tensor) -> Tensor:
-    """log W of eq. 4: (1 or P, 1, 1, 2N) for q (P, 2, H, N, D): 0 on the image's columns, log w on the intrinsics'."""
+    """log W of eq. 4: (1 or P, 1, 1, S N) for q (P, S, H, N, D): 0 on the image's columns, log w on the intrinsics'."""
     accurate = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
-    log_w = log_weight(weight, accurate)[..., None].expand(-1, 1, 1, q.shape[3])
-    return torch.cat([torch.zeros_like(log_w), log_w], -1).to(q.dtype)
+    log_w = log_weight(weight, accurate)[..., None].expand(-1, 1, 1, (q.shape[1] - 1) * q.shape[3])
+    return torch.cat([torch.zeros_like(log_w[..., : q.shape[3]]), log_w], -1).to(q.dtype)
 
 
 def lse_kernel(q: Tensor) -> LseKernel:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from infer.vae import encode, full_precision
 from shards.errors import UsageError, UserError
 from shards.intrinsics import IntrinsicMap
-from shards.packing import pack
+from shards.packing import SLICES, pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Given:
     """What is known of the picture: its image, any subset of its maps, or both; for every image of the batch.
 
     image: RGB, resized to the size asked for. maps: (H, W) of the size asked for; a map that is left out is zero, as in the
-    VAE's training. repaint_image, repaint_maps: bool (H, W), True where that stream is to be made anew; None: nowhere.
+    VAE's training (where the VAE is not shared: unknown). repaint_image, repaint_maps: bool (H, W), True where that stream
+    is to be made anew; None: nowhere.
     """
 
     image: Image.Image | None = None
@@ -54,7 +55,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Known:
-    """Clean latents (2, B, C, h, w) of both streams and where they are known, bool (2, B, 1, h, w)."""
+    """Clean latents (S, B, C, h, w) of all streams and where they are known, bool (S, B, 1, h, w)."""
 
     latents: Tensor
     where: Tensor
@@ -65,20 +66,28 @@ class Known:
 
     @property
     def intrinsics_are_whole(self) -> bool:
-        return bool(self.where[1].all())
+        """Whether the streams of the maps that are given are known everywhere (one mask is for all of them)."""
+        return any(bool(stream.all()) for stream in self.where[1:])
 
     def put(self, latents: Tensor) -> Tensor:
-        """Latents (2B, C, h, w) with the known part in its place."""
-        return torch.where(self.where, self.latents.to(latents), latents.unflatten(0, (2, -1))).flatten(0, 1)
+        """Latents (S B, C, h, w) with the known part in its place."""
+        return torch.where(self.where, self.latents.to(latents), latents.unflatten(0, (len(self.where), -1))).flatten(
+            0, 1
+        )
 
 
 def known_latents(
-    given: Given, image_vae: AutoencoderKL, intrinsic_vae: AutoencoderKL, like: Tensor, size: tuple[int, int]
+    given: Given,
+    image_vae: AutoencoderKL,
+    intrinsic_vae: AutoencoderKL,
+    like: Tensor,
+    size: tuple[int, int],
+    streams: int = 2,
 ) -> Known:
     """Encodes what is given, for B images. like: the initial noise (B, C, h, w). size: (height, width) in pixels."""
     latents, where = (
-        torch.zeros_like(like).repeat(2, 1, 1, 1, 1),
-        torch.zeros(2, *like.shape, dtype=torch.bool)[:, :, :1],
+        torch.zeros_like(like).repeat(streams, 1, 1, 1, 1),
+        torch.zeros(streams, *like.shape, dtype=torch.bool)[:, :, :1],
     )
     height, width = size
     if given.image is not None:
@@ -92,8 +101,12 @@ def known_latents(
                 found = f"{item.values.shape[1]} x {item.values.shape[0]}"
                 raise UserError(f"the given {name} map is {found}; the size asked for is {width} x {height}")
         with full_precision(intrinsic_vae):
-            latents[1] = encode(intrinsic_vae, torch.from_numpy(pack(given.maps)[0])[None]).to(like)
-        where[1] = _known(given.repaint_maps, size, like)
+            encoded = encode(
+                intrinsic_vae, torch.from_numpy(pack(given.maps)[0])[None]
+            )  # a row for each of its streams
+            latents[1:] = encoded[:, None].to(like)
+        of_each = [1 + number for number, name in enumerate(SLICES) if name in given.maps]
+        where[[1] if streams == 2 else of_each] = _known(given.repaint_maps, size, like)
     return Known(latents, where.to(like.device))
 
 
@@ -144,7 +157,7 @@ class KnownStreams:
         sample = args[0] if args else kwargs[name]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         signal, noise = signal_and_noise(self._alphas, float(torch.as_tensor(timestep).reshape(-1)[0]))
-        noised = signal * self._known.latents.to(sample) + noise * self._noise.to(sample)  # (2, B, C, h, w)
+        noised = signal * self._known.latents.to(sample) + noise * self._noise.to(sample)  # (S, B, C, h, w)
         rows = sample.unflatten(0, (-1, *noised.shape[:2]))
         sample = torch.where(self._known.where.to(sample.device), noised, rows).flatten(0, 2)
         return ((sample, *args[1:]), kwargs) if args else (args, kwargs | {name: sample})

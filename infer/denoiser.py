@@ -1,8 +1,8 @@
-"""A stock diffusers network made to denoise two streams at once, image and intrinsics, and put back again.
+"""A stock diffusers network made to denoise several streams at once, image and intrinsics, and put back again.
 
     denoiser = JointDenoiser.install(pipeline.unet, lora=read_lora("run/lora.safetensors"))
     denoiser.prepare(images=B, schedule=Gaussian(), timesteps=..., intrinsics=False)
-    ... the stock pipeline, with batches of G * 2 * B rows: G guidance halves, 2 streams, B images ...
+    ... the stock pipeline, with batches of G * S * B rows: G guidance halves, S = 2 streams, B images ...
     denoiser.uninstall()
 
 install() puts our attention processor on every self-attention layer, and wraps the network's forward, which tells the
@@ -43,8 +43,9 @@ class Share:
 class JointDenoiser:
     """A network with joint attention installed. Made by install(); one per network."""
 
-    def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor]):
+    def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor], streams: int):
         self.network, self.stages, self.processors, self.holder = network, stages, processors, Holder()
+        self.streams = streams
         self.schedule: Schedule = Joint()
         self.images: int | None = None
         self.record: Record | None = None
@@ -68,12 +69,14 @@ class JointDenoiser:
         alpha: float | None = None,
         targets: Sequence[str] = tuple(TARGETS),
         dtype: torch.dtype | None = None,
+        streams: int = 2,
     ) -> "JointDenoiser":
         """Put joint attention on every self-attention layer of a U-Net or PixArt transformer.
 
         stages: the stage map, the network's own by default. lora: trained adapters, which set rank, alpha and targets;
         without it `rank` (0: no adapters) makes untrained ones on `targets` (of q, k, v, out), whose output is the base's.
-        dtype: of the adapters, the network's by default.
+        dtype: of the adapters, the network's by default. streams: S, the image's and the intrinsics' (one unless told more);
+        all intrinsic streams together have adapters of `rank`, each an equal part.
         Raises UserError if it is installed already, the stage map misses a layer, or `lora` does not fit.
         """
         if hasattr(network, "_orig_mod"):
@@ -96,10 +99,10 @@ class JointDenoiser:
         stages = stages or stage_map_of(network)
         numbers = stages.of(layers)
         processors = {
-            name: JointProcessor(name, numbers[name], _adapters(module, rank, alpha, targets, dtype))
+            name: JointProcessor(name, numbers[name], _adapters(module, rank, alpha, targets, dtype, streams))
             for name, module in layers.items()
         }
-        self = cls(network, stages, processors)
+        self = cls(network, stages, processors, streams)
         if lora is not None:
             self.load_lora(lora)
         self._install(layers)
@@ -229,11 +232,15 @@ class JointDenoiser:
                 yield f"{name}.{TARGETS[target]}", adapter  # type: ignore[misc]
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped forward: both streams, or the image's rows alone."""
+        """The wrapped forward: all streams, or the image's rows alone."""
         step, timestep, args, kwargs = self._plan(args, kwargs)
         with step:
             output = self._forward(*args, **kwargs)
-        return self._keep_shares(step, timestep, output) if step.streams == 2 else _both_rows(output, step.images)
+        return (
+            self._keep_shares(step, timestep, output)
+            if step.streams > 1
+            else _all_rows(output, self.streams, step.images)
+        )
 
     @torch.compiler.disable
     def _plan(self, args: Any, kwargs: Any) -> tuple[Step, float | tuple[float, ...], Any, Any]:
@@ -247,8 +254,10 @@ class JointDenoiser:
         arguments = self._signature.bind(*args, **kwargs).arguments
         sample = next(iter(arguments.values()))
         rows = sample.shape[0]
-        if rows % (2 * self.images):
-            raise UserError(f"the batch has {rows} rows, which is not guidance x 2 streams x {self.images} images.")
+        if rows % (self.streams * self.images):
+            raise UserError(
+                f"the batch has {rows} rows, which is not guidance x {self.streams} streams x {self.images} images."
+            )
         times = self._times(arguments["timestep"], rows)
         weights = [self.schedule.at(t, self.stages.stages) for t in times]
         timestep = times[0] if len(times) == 1 else tuple(times)
@@ -256,11 +265,11 @@ class JointDenoiser:
             return (
                 self._step(rows, 1, [0] * self.stages.stages),
                 timestep,
-                *_image_rows((args, kwargs), rows, self.images),
+                *_image_rows((args, kwargs), rows, self.streams, self.images),
             )
         if torch.is_grad_enabled():
             self._remember_in_checkpoints()
-        return self._step(rows, 2, _stage_weights(weights, sample.device)), timestep, args, kwargs
+        return self._step(rows, self.streams, _stage_weights(weights, sample.device)), timestep, args, kwargs
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
         """The batch's timestep, or, where the rows differ, one for each pair (G * B)."""
@@ -269,10 +278,10 @@ class JointDenoiser:
         times = torch.as_tensor(timestep).reshape(-1)
         if len(times) == rows:
             assert self.images is not None
-            image, intrinsic = times.unflatten(0, (-1, 2, self.images)).unbind(1)
-            if not torch.equal(image, intrinsic):
+            by_stream = times.unflatten(0, (-1, self.streams, self.images)).unbind(1)
+            if not all(torch.equal(by_stream[0], other) for other in by_stream[1:]):
                 raise UserError("the streams of a pair have different timesteps: give both the same.")
-            times = image.reshape(-1)
+            times = by_stream[0].reshape(-1)
         elif len(times) != 1:
             raise UserError(f"there are {len(times)} timesteps for {rows} rows: give one, or one for each row.")
         values = times.tolist()
@@ -285,7 +294,7 @@ class JointDenoiser:
             (processor, Part(self.images, streams, weights[processor.stage - 1], self.record))
             for processor in self.processors.values()
         ]
-        return Step(self.holder, rows // (2 * self.images), streams, self.images, parts)
+        return Step(self.holder, rows // (self.streams * self.images), streams, self.images, parts)
 
     def _image_only(self, times: list[float], weights: list[tuple[float, ...]]) -> bool:
         if self._last_active is None:
@@ -322,18 +331,25 @@ class JointDenoiser:
                 raise UserError(
                     f"a LoRA is fused into {name}, where it acts on the intrinsics too: call unfuse_lora() first."
                 )
-            confine(layer, self.holder.guidance)
+            confine(layer, self.holder.layout)
 
 
 def _adapters(
-    attn: Attention, rank: int, alpha: float | None, targets: Sequence[str], dtype: torch.dtype | None
+    attn: Attention,
+    rank: int,
+    alpha: float | None,
+    targets: Sequence[str],
+    dtype: torch.dtype | None,
+    streams: int,
 ) -> dict[str, StreamLinear]:
     def base(path: str) -> nn.Linear:
         layer: Any = attn.get_submodule(path)
         return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
     return (
-        {t: StreamLinear(base(path), rank, alpha, dtype) for t, path in TARGETS.items() if t in targets} if rank else {}
+        {t: StreamLinear(base(path), rank, alpha, dtype, streams) for t, path in TARGETS.items() if t in targets}
+        if rank
+        else {}
     )
 
 
@@ -356,24 +372,24 @@ def _stage_weights(weights: list[tuple[float, ...]], device: torch.device) -> li
 
 
 @torch.compiler.disable
-def _both_rows(output: Any, images: int) -> Any:
-    """(G*B, ...) image rows -> (G*2*B, ...), the intrinsics' rows being the image's: finite, and never looked at."""
+def _all_rows(output: Any, streams: int, images: int) -> Any:
+    """(G*B, ...) image rows -> (G*S*B, ...), the intrinsics' rows being the image's: finite, and never looked at."""
 
     def widen(y: Tensor) -> Tensor:
-        return y.unflatten(0, (-1, 1, images)).expand(-1, 2, *([-1] * y.ndim)).flatten(0, 2)
+        return y.unflatten(0, (-1, 1, images)).expand(-1, streams, *([-1] * y.ndim)).flatten(0, 2)
 
     if isinstance(output, tuple):
         return (widen(output[0]), *output[1:])
     return type(output)(sample=widen(output.sample))
 
 
-def _image_rows(tree: Any, rows: int, images: int) -> Any:
-    """The image's rows of every batched tensor in arguments: (G*2*B, ...) -> (G*B, ...)."""
+def _image_rows(tree: Any, rows: int, streams: int, images: int) -> Any:
+    """The image's rows of every batched tensor in arguments: (G*S*B, ...) -> (G*B, ...)."""
 
     def pick(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
             # laid out as the stock batch is: in half precision kernels round differently for other strides
-            return leaf.unflatten(0, (-1, 2, images))[:, 0].flatten(0, 1).contiguous()
+            return leaf.unflatten(0, (-1, streams, images))[:, 0].flatten(0, 1).contiguous()
         return leaf
 
     return tree_map(pick, tree)

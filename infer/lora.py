@@ -1,13 +1,15 @@
 """LoRA that acts on one stream only: ours on the intrinsics, other people's on the image.
 
-StreamLinear is the method's adapter: y = W x for both streams, plus (alpha / r) B A x on the intrinsic stream's rows. It
-holds A and B only and is handed what the base layer gave, so the base network's modules, names and weights stay what they
-are, and stock `load_lora_weights` finds the layers that it looks for, before or after ours is installed.
+StreamLinear is the method's adapter: y = W x for all streams, plus (alpha / r) B A x on the intrinsics' rows. Where there are
+several intrinsic streams (the ablation without the shared VAE), each has weights of its own: equal parts of one A and B, so
+that a file is the same stock LoRA in either case. It holds A and B only and is handed what the base layer gave, so the base
+network's modules, names and weights stay what they are, and stock `load_lora_weights` finds the layers that it looks for,
+before or after ours is installed.
 
 confine() does the opposite for an adapter layer that peft has put into the network: the image's rows go through it, the
 intrinsics' rows through the base layer below it.
 
-Rows of a network batch are (G, 2, B): G guidance halves, 2 streams (0 image, 1 intrinsics), B images.
+Rows of a network batch are (G, S, B): G guidance halves, S streams (0 image, the others intrinsics), B images.
 """
 
 import json
@@ -31,33 +33,49 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alp
 
 
 class StreamLinear(nn.Module):
-    """y = base(x), plus (alpha / rank) B A x on the intrinsic rows. B starts at 0: untrained, it changes nothing."""
+    """y = base(x), plus (alpha / rank) B A x on the intrinsic rows. B starts at 0: untrained, it changes nothing.
 
-    def __init__(self, base: nn.Linear, rank: int = RANK, alpha: float | None = None, dtype: torch.dtype | None = None):
-        """Takes sizes, device and (unless given) dtype from `base`, and does not keep it. alpha: rank unless given."""
+    Of S streams, intrinsic stream k = 1..S-1 uses the k-th of S - 1 equal parts of A's rows and of B's columns, and no other.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = RANK,
+        alpha: float | None = None,
+        dtype: torch.dtype | None = None,
+        streams: int = 2,
+    ):
+        """Takes sizes, device and (unless given) dtype from `base`, and does not keep it.
+
+        rank: of all intrinsic streams together. alpha: rank unless given. streams: S.
+        """
         super().__init__()
+        if rank % (streams - 1):
+            raise UserError(f"a LoRA of rank {rank} cannot be shared out evenly among {streams - 1} intrinsic streams.")
+        self.streams = streams
         made: dict[str, Any] = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.down = nn.Parameter(torch.empty(rank, base.in_features, **made))  # A
         self.up = nn.Parameter(torch.zeros(base.out_features, rank, **made))  # B
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    def delta(self, x: Tensor) -> Tensor:
-        """(alpha / rank) B A x. (..., C_in) -> (..., C_out) in the adapter's dtype."""
-        return (x.to(self.down.dtype) @ self.down.mT) @ self.up.mT * (self.alpha / self.rank)
-
     def forward(self, y: Tensor, x: Tensor, images: int) -> Tensor:
-        """y = base(x), (G*2*B, N, C_out), of x, (G*2*B, N, C_in), with B = images. Adds to y in place, and returns it."""
-        delta = self.delta(x.unflatten(0, (-1, 2, images))[:, 1]).to(y.dtype)
-        y.unflatten(0, (-1, 2, images))[:, 1] += delta
+        """y = base(x), (G*S*B, N, C_out), of x, (G*S*B, N, C_in), with B = images. Adds to y in place, and returns it."""
+        others = self.streams - 1
+        parts = zip(self.down.chunk(others), self.up.chunk(others, dim=1), strict=True)
+        for stream, (down, up) in enumerate(parts, 1):
+            own = x.unflatten(0, (-1, self.streams, images))[:, stream].to(down.dtype)
+            delta = (own @ down.mT) @ up.mT * (self.alpha / self.rank)
+            y.unflatten(0, (-1, self.streams, images))[:, stream] += delta.to(y.dtype)
         return y
 
 
-def confine(layer: BaseTunerLayer, guidance: Callable[[], int | None]) -> None:
-    """Make a peft layer act on the image's rows only. guidance(): G while a batch holds two streams, else None.
+def confine(layer: BaseTunerLayer, layout: Callable[[], tuple[int, int] | None]) -> None:
+    """Make a peft layer act on the image's rows only. layout(): (G, S) while a batch holds all streams, else None.
 
     A layer may see several rows for each of the batch's, one after the other (PixArt embeds a picture's height and width
-    so): (G, 2, B * m).
+    so): (G, S, B * m).
 
     The layer's own forward is shadowed on this instance, so peft's switches (strengths, enabling, unloading) keep working
     and unloading the adapter leaves nothing behind. Harmless when repeated.
@@ -67,13 +85,14 @@ def confine(layer: BaseTunerLayer, guidance: Callable[[], int | None]) -> None:
     original: Callable[..., Tensor] = layer.forward  # type: ignore[attr-defined]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        groups = guidance()
-        if groups is None:
+        rows = layout()
+        if rows is None:
             return original(x, *args, **kwargs)
-        image, intrinsic = x.unflatten(0, (groups, 2, -1)).unbind(1)
-        adapted = original(image.flatten(0, 1), *args, **kwargs)
-        plain = layer.get_base_layer()(intrinsic.flatten(0, 1))
-        return torch.stack([adapted.unflatten(0, (groups, -1)), plain.unflatten(0, (groups, -1))], 1).flatten(0, 2)
+        groups, streams = rows
+        image, intrinsics = x.unflatten(0, (groups, streams, -1)).split((1, streams - 1), dim=1)
+        adapted = original(image.flatten(0, 2), *args, **kwargs).unflatten(0, (groups, 1, -1))
+        plain = layer.get_base_layer()(intrinsics.flatten(0, 2)).unflatten(0, (groups, streams - 1, -1))
+        return torch.cat([adapted, plain], 1).flatten(0, 2)
 
     layer.__dict__["_ildm_forward"] = original
     layer.__dict__["forward"] = forward

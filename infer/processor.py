@@ -1,4 +1,4 @@
-"""Self-attention of one layer over both streams: what takes the place of diffusers' processor. Installed by denoiser.py."""
+"""Self-attention of one layer over all streams: what takes the place of diffusers' processor. Installed by denoiser.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ class Part:
     """What one layer must know during one forward of the network, and what it says back."""
 
     images: int  # B
-    streams: int  # 2, or 1 when only the image's rows are run
+    streams: int  # S, or 1 when only the image's rows are run
     weight: float | Tensor  # the int 0 or 1, or a tensor () or (P,) for anything else
     record: Record | None = None
     share: Tensor | None = None  # float32 (P,), or (P, N) for a map
 
 
 class JointProcessor(nn.Module):
-    """Self-attention of one layer over both streams; holds the layer's adapters, so they move with the network."""
+    """Self-attention of one layer over all streams; holds the layer's adapters, so they move with the network."""
 
     def __init__(self, layer: str, stage: int, adapters: dict[str, StreamLinear]):
         super().__init__()
@@ -88,10 +88,11 @@ class JointProcessor(nn.Module):
 
     @staticmethod
     def joint(q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
-        """Rows to pairs, attention, and back. q, k, v: (G*2*B, H, N, D) -> (G*2*B, N, C)."""
+        """Rows to pairs, attention, and back. q, k, v: (G*S*B, H, N, D) -> (G*S*B, N, C)."""
 
-        def pairs(x: Tensor) -> Tensor:  # laid out as (P, 2, N, H, D), so that joining the streams' tokens is a view
-            return x.transpose(1, 2).unflatten(0, (-1, 2, part.images)).transpose(1, 2).flatten(0, 1).transpose(2, 3)
+        def pairs(x: Tensor) -> Tensor:  # laid out as (P, S, N, H, D), so that joining the streams' tokens is a view
+            x = x.transpose(1, 2).unflatten(0, (-1, part.streams, part.images))
+            return x.transpose(1, 2).flatten(0, 1).transpose(2, 3)
 
         # the differentiable form wherever a gradient may be asked for: the merged one has none
         backend: Backend = "bias" if torch.is_grad_enabled() else "merge"
@@ -108,9 +109,10 @@ class Holder:
 
     step: "Step | None" = None
 
-    def guidance(self) -> int | None:
-        """G while both streams are in the batch, else None."""
-        return self.step.guidance if self.step is not None and self.step.streams == 2 else None
+    def layout(self) -> tuple[int, int] | None:
+        """(G, S) while all streams are in the batch, else None."""
+        step = self.step
+        return (step.guidance, step.streams) if step is not None and step.streams > 1 else None
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Step:
 
     holder: Holder
     guidance: int  # G
-    streams: int
+    streams: int  # S, or 1
     images: int  # B
     parts: list[tuple[JointProcessor, Part]]
     before: "list[Step | None]" = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""What a stock pipeline is asked: prompts encoded once and doubled for the two streams, noise, and step generators.
+"""What a stock pipeline is asked: prompts encoded once and repeated for each stream, noise, and step generators.
 
-Rows of the pipeline's batch are (2, B): the B images' rows, then the same B again for their intrinsics. (Guidance doubles
-this once more inside the pipeline: (G, 2, B).)
+Rows of the pipeline's batch are (S, B): the B images' rows, then the same B again for their intrinsics (for each of them, where
+the VAE is not shared). (Guidance doubles this once more inside the pipeline: (G, S, B).)
 """
 
 import inspect
@@ -58,8 +58,9 @@ def encode_prompts(
     negative: str | Sequence[str] | None,
     guidance: float,
     options: dict[str, Any],
+    streams: int = 2,
 ) -> dict[str, Any]:
-    """The pipeline's own embeddings of B prompts, each (B, ...) -> (2B, ...), as arguments of its call.
+    """The pipeline's own embeddings of B prompts, each (B, ...) -> (S B, ...), as arguments of its call.
 
     Takes out of `options` what the encoding uses (prompt_2, clip_skip, clean_caption, given embeddings, ...).
     """
@@ -84,12 +85,12 @@ def encode_prompts(
     if "lora_scale" in accepted and options.get("cross_attention_kwargs"):
         given["lora_scale"] = options["cross_attention_kwargs"].get("scale")
     found = dict(zip(ENCODED[type(pipeline).__name__], pipeline.encode_prompt(**given), strict=True))
-    doubled = {
-        name: torch.cat([rows, rows])
+    repeated = {
+        name: torch.cat([rows] * streams)
         for name, rows in found.items()
         if rows is not None and (guided or "neg" not in name)
     }
-    return doubled | {"prompt": None, "negative_prompt": None}
+    return repeated | {"prompt": None, "negative_prompt": None}
 
 
 def image_size(pipeline: DiffusionPipeline, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -110,18 +111,18 @@ def image_size(pipeline: DiffusionPipeline, size: int | tuple[int, int] | None) 
 
 
 def noise_and_generators(
-    seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+    seeds: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype, streams: int = 2
 ) -> tuple[Tensor, list[torch.Generator]]:
-    """Initial noise (B, C, h, w), and 2B generators for the steps of samplers that add noise, all on the CPU.
+    """Initial noise (B, C, h, w), and S B generators for the steps of samplers that add noise, all on the CPU.
 
     Each image has a generator of its own, so a batch equals its images alone, on every device. It draws what the stock
-    pipeline would draw with that generator; the intrinsics' one continues from the same state, so that both streams get
+    pipeline would draw with that generator; the intrinsics' one continues from the same state, so that all streams get
     the same noise at every step, as they do at the start.
     """
     images = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     noise = torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in images])
     intrinsics = []
-    for generator in images:
+    for generator in images * (streams - 1):
         twin = torch.Generator("cpu")
         twin.set_state(generator.get_state())
         intrinsics.append(twin)

@@ -20,7 +20,8 @@ class Generated:
     """What one call made, B images in order.
 
     intrinsics: for each image its maps by name, in the dataset's conventions (shards.intrinsics); [] when not asked for.
-    latents, intrinsic_latents: (B, C, h, w), scaled as the network works on them. flagged: what the pipeline's safety
+    latents, intrinsic_latents: (B, C, h, w), scaled as the network works on them (without a shared VAE intrinsic_latents has
+    rows (4, B), those of each intrinsic in turn). flagged: what the pipeline's safety
     checker says of each image, if it has one. shares: the image's attention to the intrinsics, if recorded: one entry
     for each layer and step, its value (G, B) or (G, B, N). settings: JSON; with a seed and its prompt, enough to repeat it.
     """
@@ -58,10 +59,10 @@ def decode_images(pipeline: DiffusionPipeline, latents: Tensor) -> tuple[list[Im
 def decode_intrinsics(
     pipeline: DiffusionPipeline, vae: Any, latents: Tensor, depth: DepthRange
 ) -> list[dict[str, IntrinsicMap]]:
-    """The four maps of each of latents (B, C, h, w).
+    """The four maps of each of latents (B, C, h, w), or, without a shared VAE, of latents (4 B, C, h, w).
 
-    vae: the intrinsic AutoencoderKL. It follows the base's: its device, its slicing and tiling, and, where the pipeline
-    offloads its models, it goes back to the CPU afterwards.
+    vae: the intrinsic AutoencoderKL, or the SeparateVae. It follows the base's: its device, its slicing and tiling, and, where
+    the pipeline offloads its models, it goes back to the CPU afterwards.
     """
     for name in ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"):
         if hasattr(pipeline.vae, name):

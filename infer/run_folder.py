@@ -1,7 +1,7 @@
 """A run folder: everything that was trained for a base, in stock formats, with a manifest that says what it fits.
 
     lora.safetensors   the intrinsic stream's LoRA, in the keys of peft and diffusers
-    vae/               the intrinsic VAE, an ordinary diffusers folder of an AutoencoderKL
+    vae/               the intrinsic VAE, an ordinary diffusers folder of an AutoencoderKL; without a shared VAE the base's own
     manifest.json      Manifest, below; written last, so a folder without it is unfinished
 
 No file is ever unpickled. Files are written atomically, and the manifest holds their digests, so that a damaged or mixed
@@ -23,6 +23,7 @@ from torch import nn
 
 from infer.bases import Base, describe_base, misfit
 from infer.lora import LoraWeights, read_lora, save_lora
+from infer.separate_vae import SeparateVae
 from infer.stages import StageMap, stage_map_of
 from shards.config import load_config
 from shards.errors import UsageError, UserError
@@ -45,7 +46,7 @@ class Stages:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """The channels of the intrinsic VAE: for each intrinsic [first, end), and what a generated depth is decoded to."""
+    """The channels of packed intrinsics: for each intrinsic [first, end), and what a generated depth is decoded to."""
 
     channels: int = CHANNELS
     slices: dict[str, tuple[int, int]] = field(
@@ -71,7 +72,9 @@ def _versions() -> dict[str, str]:
 class Manifest:
     """What a run is, and the base that it fits.
 
-    training: the resolved training configuration. files: sha256 of each file, filled in by save_run.
+    shared_vae: whether one VAE encodes all intrinsics into one stream, as in the method, or each is a picture to the base's
+    own VAE in a stream of its own (the paper's ablation, Tab. 5; infer.separate_vae). training: the resolved training
+    configuration. files: sha256 of each file, filled in by save_run.
     """
 
     base: Base
@@ -79,10 +82,16 @@ class Manifest:
     stages: Stages
     lora: LoraShape
     packing: Packing = field(default_factory=Packing)
+    shared_vae: bool = True
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=_versions)
     files: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def streams(self) -> int:
+        """How many streams are denoised together: the image's, and one of all intrinsics or one of each."""
+        return 2 if self.shared_vae else 1 + len(SLICES)
 
     @property
     def stage_map(self) -> StageMap:
@@ -135,10 +144,12 @@ def manifest_for(
     lora: LoraWeights,
     stages: StageMap | None = None,
     training: Mapping[str, Any] | None = None,
+    shared_vae: bool = True,
 ) -> Manifest:
     """The manifest of a run made for this network, which was loaded as base `name`.
 
     stages: the network's own map by default. training: the resolved training configuration, JSON types only.
+    shared_vae: as Manifest has it.
     """
     described = (stages or stage_map_of(network)).to_dict()
     return Manifest(
@@ -146,6 +157,7 @@ def manifest_for(
         prediction_type=prediction_type,
         stages=load_config(Stages, described),
         lora=LoraShape(rank=lora.rank, alpha=lora.alpha, targets=lora.targets),
+        shared_vae=shared_vae,
         training=dict(training or {}),
     )
 
@@ -163,6 +175,7 @@ def save_run(url: str, manifest: Manifest, lora: LoraWeights, vae: AutoencoderKL
         contents = {name: (Path(scratch) / name).read_bytes() for name in _FILES}
     config = json.loads(contents[VAE_CONFIG])
     config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+    config["_class_name"] = AutoencoderKL.__name__  # what stock diffusers loads; SeparateVae is one, too
     contents[VAE_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     manifest = dataclasses.replace(manifest, files={name: _sha256(data) for name, data in contents.items()})
     folder.make(VAE)
@@ -197,12 +210,14 @@ def load_run(url: str) -> Run:
                 (local / name).write_bytes(data)
         lora = read_lora(local / LORA)
         try:
-            vae = AutoencoderKL.from_pretrained(local / VAE, use_safetensors=True, low_cpu_mem_usage=False)
+            kind = AutoencoderKL if manifest.shared_vae else SeparateVae
+            vae = kind.from_pretrained(local / VAE, use_safetensors=True, low_cpu_mem_usage=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder.address(VAE)} cannot be loaded: {error}") from error
     channels = (vae.config["in_channels"], vae.config["out_channels"])
-    if channels != (manifest.packing.channels,) * 2:
-        raise UserError(f"{folder.address(VAE)} has {channels} channels; its packing has {manifest.packing.channels}")
+    wanted = manifest.packing.channels if manifest.shared_vae else 3
+    if channels != (wanted, wanted):
+        raise UserError(f"{folder.address(VAE)} has {channels} channels; the VAE of this run must have {wanted}")
     return Run(url=url, manifest=manifest, lora=lora, vae=vae.eval())
 
 

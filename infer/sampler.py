@@ -6,7 +6,8 @@
 
 The pipeline's own call runs the sampling, with the batch doubled (image rows, then intrinsic rows) and the same initial
 noise for both halves; its first half of the latents goes to the base VAE, the second to the intrinsic VAE. So its
-schedulers, callbacks, offloading, LoRAs and other options are all there.
+schedulers, callbacks, offloading, LoRAs and other options are all there. A run without a shared VAE has four times as many
+intrinsic rows, one for each intrinsic.
 """
 
 import copy
@@ -52,7 +53,7 @@ SCHEDULERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told after each step. latents, intrinsic_latents: (B, C, h, w)."""
+    """What a callback is told after each step. latents, intrinsic_latents: (B, C, h, w) (as in Generated)."""
 
     step: int
     timestep: float
@@ -87,7 +88,7 @@ class CoGenerator:
         if self.vae.dtype != self.pipeline.vae.dtype:
             nn.Module.to(self.vae, dtype=self.pipeline.vae.dtype)  # diffusers' own warns of layers that are not there
         self.stages = _with_defaults(run.manifest.stage_map, stage_map_of(network))
-        self.denoiser = JointDenoiser.install(network, stages=self.stages, lora=run.lora)
+        self.denoiser = JointDenoiser.install(network, stages=self.stages, lora=run.lora, streams=run.manifest.streams)
 
     @classmethod
     def from_pretrained(
@@ -158,14 +159,18 @@ class CoGenerator:
         options = self._checked(options, callback)
         with self._using(scheduler):
             settings |= self._settings(described, size, options)
-            call = encode_prompts(self.pipeline, prompts, negative_prompt, guidance, options)
+            streams = self.denoiser.streams
+            call = encode_prompts(self.pipeline, prompts, negative_prompt, guidance, options, streams)
             dtype, device = call["prompt_embeds"].dtype, get_module_execution_device(self.denoiser.network)
             factor, channels = self.pipeline.vae_scale_factor, self.run.vae.config["latent_channels"]
-            noise, generators = noise_and_generators(chosen, (channels, height // factor, width // factor), dtype)
+            shape = (channels, height // factor, width // factor)
+            noise, generators = noise_and_generators(chosen, shape, dtype, streams)
             noise = noise.to(device)
-            known = known_latents(given, self.pipeline.vae, self._placed_vae(), noise, size) if given else None
+            known = None
+            if given:
+                known = known_latents(given, self.pipeline.vae, self._placed_vae(), noise, size, streams)
             call |= {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
-            call |= {"latents": torch.cat([noise, noise]), "generator": generators, "output_type": "latent"}
+            call |= {"latents": torch.cat([noise] * streams), "generator": generators, "output_type": "latent"}
             call |= self._told(callback) | options
             if "use_resolution_binning" in inspect.signature(self.pipeline.__call__).parameters:
                 call["use_resolution_binning"] = False
@@ -196,7 +201,7 @@ class CoGenerator:
         depth: DepthRange | None,
         settings: dict[str, Any],
     ) -> Generated:
-        image_latents, intrinsic_latents = latents.chunk(2)
+        image_latents, intrinsic_latents = self._by_kind(latents)
         if not is_finite(image_latents if not intrinsics else latents):
             raise UserError(
                 "the result is not finite: this scheduler or number type does not fit the base; try dtype float32"
@@ -221,6 +226,11 @@ class CoGenerator:
             settings=settings,
         )
 
+    def _by_kind(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(S B, C, h, w) -> the image's (B, C, h, w) and the intrinsics' ((S - 1) B, C, h, w)."""
+        images = len(latents) // self.denoiser.streams
+        return latents[:images], latents[images:]
+
     # ---- what the call hands to the pipeline -------------------------------------------------------------------------
 
     def _checked(self, options: Mapping[str, Any], callback: object) -> dict[str, Any]:
@@ -244,7 +254,7 @@ class CoGenerator:
             return {}
 
         def tell(step: int, timestep: Any, latents: Tensor) -> None:
-            callback(Progress(step, float(timestep), *latents.chunk(2)))
+            callback(Progress(step, float(timestep), *self._by_kind(latents)))
 
         def at_step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             tell(step, timestep, tensors["latents"])

@@ -97,8 +97,8 @@ def _with_channels(vae: AutoencoderKL, channels: int, state: dict[str, Tensor]) 
 def encode(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents (B, C, h, w), scaled as the diffusion model reads them, of pixels (B, channels, H, W) in [-1, 1].
 
-    For the base VAE (an image) and for the intrinsic VAE (packed intrinsics) alike. The mode of the posterior, or with
-    `generator` a sample of it.
+    For the base VAE (an image) and for the intrinsic VAE (packed intrinsics) alike; a SeparateVae gives (4 B, C, h, w).
+    The mode of the posterior, or with `generator` a sample of it.
     """
     posterior = vae.encode(pixels.to(get_module_execution_device(vae), vae.dtype)).latent_dist
     return scaled(vae, posterior.mode() if generator is None else posterior.sample(generator))

@@ -13,9 +13,12 @@ from tests import oracle
 WEIGHTS = [0.0, 1e-7, 0.03, 0.5, 1.0, 2.5]
 
 
-def streams(width: int = 16, dtype: torch.dtype = torch.float32, tokens: int = 9, seed: int = 0) -> tuple[Tensor, ...]:
+def streams(
+    width: int = 16, dtype: torch.dtype = torch.float32, tokens: int = 9, seed: int = 0, count: int = 2
+) -> tuple[Tensor, ...]:
+    """q, k, v of 3 pairs of `count` streams, with 2 heads."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple((2 * torch.randn(3, 2, 2, tokens, width, generator=generator)).to(dtype) for _ in range(3))
+    return tuple((2 * torch.randn(3, count, 2, tokens, width, generator=generator)).to(dtype) for _ in range(3))
 
 
 @pytest.mark.parametrize("backend", ["merge", "bias"])
@@ -29,6 +32,37 @@ def test_every_weight_and_head_width_equals_the_float64_formula(backend, weight,
     torch.testing.assert_close(share.double(), expected_share, rtol=0, atol=1e-5)
     assert out.dtype == torch.float32 and share.dtype == torch.float32
     assert share.min() >= 0 and share.max() <= 1
+
+
+@pytest.mark.parametrize("laid_out", ["streams first", "heads first"])
+@pytest.mark.parametrize("backend", ["merge", "bias"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_several_intrinsic_streams_all_have_the_weight_and_see_all_with_weight_one(weight, backend, laid_out):
+    q, k, v = streams(count=5)
+    expected, expected_share = oracle.attention(q, k, v, weight)
+    if laid_out == "streams first":
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    out, share = joint_attention(q, k, v, weight, backend=backend, share=True)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(share.double(), expected_share, rtol=0, atol=1e-5)
+    weights = torch.tensor([weight, 0.4, 1.0])
+    torch.testing.assert_close(
+        joint_attention(q, k, v, weights, backend=backend)[0].double(),
+        oracle.attention(q, k, v, weights)[0],
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_gradients_with_several_intrinsic_streams_equal_the_float64_formula(weight):
+    inputs = [x.requires_grad_() for x in streams(count=5)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    target = torch.randn(3, 5, 2, 9, 16, generator=torch.Generator().manual_seed(1))
+    (joint_attention(*inputs, weight, backend="bias")[0] * target).sum().backward()
+    (oracle.attention(*exact, weight)[0] * target).sum().backward()
+    for mine, theirs in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("backend", ["merge", "bias"])

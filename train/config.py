@@ -145,7 +145,8 @@ class LoraConfig:
     The rest is off unless asked for. snr_gamma: min-SNR weighting (0: none). noise_offset: of both streams' noise.
     independent_timesteps: each stream its own t. train_schedule: w(l, t) in training ("" is the paper's w = 1).
     without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache` added to the
-    shards. image_stream = false: the paper's ablation "LoRA-only".
+    shards. image_stream = false: the paper's ablation "LoRA-only". shared_vae = false: its ablation without the shared VAE
+    (Tab. 5), each intrinsic in a stream of its own by the base's VAE; no stage 1, and rank is that of each stream.
     """
 
     loop: LoopConfig
@@ -161,6 +162,7 @@ class LoraConfig:
     without: tuple[str, ...] = ()
     cache: bool = False
     image_stream: bool = True
+    shared_vae: bool = True
     prompts: tuple[str, ...] = ()
     sample_steps: int = 25
     guidance: float = 7.5
@@ -177,6 +179,17 @@ class LoraConfig:
             raise UsageError("lora.without needs the maps: cached latents have all of them; set lora.cache = false")
         if self.train_schedule and (self.independent_timesteps or not self.image_stream):
             raise UsageError("lora.train_schedule needs both streams at one timestep")
+        if not self.shared_vae and self.cache:
+            raise UsageError(
+                "cached latents are of the shared VAE; with lora.shared_vae = false set lora.cache = false"
+            )
+        if not self.shared_vae and not self.image_stream:
+            raise UsageError("lora.shared_vae = false needs the image's stream; set lora.image_stream = true")
+
+    @property
+    def streams(self) -> int:
+        """How many streams learn together: the image's, and one of all intrinsics or one of each."""
+        return 2 if self.shared_vae else 1 + len(INTRINSICS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from train.data import Batch, Sample
 
 @dataclass(frozen=True)
 class Encoded:
-    """B samples. mean, std: float32 (2, B, C, h, w), the posteriors of image and intrinsics, scaled as the network reads
+    """B samples. mean, std: float32 (S, B, C, h, w), the posteriors of image and intrinsics, scaled as the network reads
     them. text: the pipeline's embeddings, each (B, ...)."""
 
     mean: Tensor
@@ -23,7 +23,7 @@ class Encoded:
     text: dict[str, Tensor]
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Clean latents (2, B, C, h, w)."""
+        """Clean latents (S, B, C, h, w)."""
         return self.mean + self.std * noise
 
 
@@ -85,5 +85,6 @@ class Encoder:
                 mean, std = posterior.mean.float(), posterior.std.float()
                 found.append((scaled(vae, mean), scaled(vae, mean + std) - scaled(vae, mean)))
             text = encode_text(self._pipeline, [sample.caption for sample in samples])
-        mean, std = (torch.stack(column) for column in zip(*found, strict=True))
+        # a VAE that is not shared gives rows (4, B)
+        mean, std = (torch.cat(column).unflatten(0, (-1, len(samples))) for column in zip(*found, strict=True))
         return Encoded(mean, std, text)

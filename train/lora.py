@@ -3,7 +3,8 @@
     L = ||eps_x_hat - eps_x||^2 + lambda ||eps_i_hat - eps_i||^2
 
 One timestep for both streams, two independent noises, w = 1 everywhere. What is drawn at random for a sample depends on
-(seed, position) alone.
+(seed, position) alone. Without the shared VAE (the paper's ablation) each intrinsic has a stream, with a noise of its own, and
+the intrinsic term is the mean of theirs.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from infer.bases import describe_base, network_of, open_base, prediction_type_of
 from infer.run_folder import manifest_for, save_run
+from infer.separate_vae import SeparateVae
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.packing import SLICES
@@ -29,6 +31,7 @@ from train.network import encode_nothing, network_arguments, signal_levels
 from train.sheets import TrainingGenerator, sample_sheet
 from train.start import begin_with, started_from
 from train.streams import Streams, make_streams
+from train.vae import STAGE as STAGE_ONE
 from train.vae import trained_vae
 
 DRAWS, MEASURE = 2, 3  # purposes of this stage's generators (train.data.generator_of)
@@ -39,9 +42,9 @@ STAGE = "training/lora"
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for B samples: timesteps and noises of both streams, posteriors' noises, whether the caption stays.
+    """What is drawn for B samples: timesteps and noises of all streams, posteriors' noises, whether the caption stays.
 
-    timesteps: int64 (2, B). noise, posterior: float32 (2, B, C, h, w). captioned: bool (B,). Streams: image, intrinsics.
+    timesteps: int64 (S, B). noise, posterior: float32 (S, B, C, h, w). captioned: bool (B,). Streams: image, intrinsics.
     """
 
     timesteps: Tensor
@@ -55,14 +58,15 @@ class Draws:
 
 def draw(config: LoraConfig, generators: Sequence[torch.Generator], shape: tuple[int, int, int], levels: int) -> Draws:
     """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
-    rows = []
+    rows, streams = [], config.streams
     for g in generators:
         timesteps = torch.randint(levels, (2,), generator=g)
         if not config.independent_timesteps:
             timesteps[1] = timesteps[0]
+        timesteps = timesteps[[0] + [1] * (streams - 1)]
         captioned = torch.rand((), generator=g) >= config.caption_drop
-        noise, posterior = torch.randn((2, 2, *shape), generator=g)
-        noise = noise + config.noise_offset * torch.randn((2, shape[0], 1, 1), generator=g)
+        noise, posterior = torch.randn((2, streams, *shape), generator=g)
+        noise = noise + config.noise_offset * torch.randn((streams, shape[0], 1, 1), generator=g)
         rows.append((timesteps, noise, posterior, captioned))
     timesteps, noise, posterior, captioned = (torch.stack(column) for column in zip(*rows, strict=True))
     return Draws(timesteps.T, noise.transpose(0, 1), posterior.transpose(0, 1), captioned)
@@ -105,10 +109,10 @@ class LoraTask:
     def _eq5(self, module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         encoded = self.encoder(batch)
         draws = draws.to(self.device)
-        clean = encoded.sample(draws.posterior)  # (2, B, C, h, w)
-        levels = self.levels[draws.timesteps]  # (2, B)
+        clean = encoded.sample(draws.posterior)  # (S, B, C, h, w)
+        levels = self.levels[draws.timesteps]  # (S, B)
         noisy, wanted = [], []
-        for stream in range(2):
+        for stream in range(len(clean)):
             noisy.append(noised(clean[stream], draws.noise[stream], levels[stream]))
             wanted.append(target(clean[stream], draws.noise[stream], levels[stream], self.prediction))
         text = {
@@ -129,12 +133,14 @@ class LoraTask:
             conditions,
         )
         weight = [snr_weight(levels[stream], self.config.snr_gamma, self.prediction) for stream in range(2)]
-        terms = {
-            "image": torch.zeros_like(weight[0]),
-            "intrinsic": torch.zeros_like(weight[1]),
+        found = {
+            stream: stream_loss(rows, wanted[stream])
+            for stream, rows in zip(used, predicted.chunk(len(used)), strict=True)
         }
-        for stream, rows in zip(used, predicted.chunk(len(used)), strict=True):
-            terms[("image", "intrinsic")[stream]] = stream_loss(rows, wanted[stream])
+        terms = {
+            "image": found.pop(0, torch.zeros_like(weight[0])),
+            "intrinsic": torch.stack(list(found.values())).mean(dim=0),
+        }
         loss = weight[0] * terms["image"] + self.config.intrinsic_weight * weight[1] * terms["intrinsic"]
         return terms | {"loss": loss}
 
@@ -156,7 +162,9 @@ class LoraTask:
                 [(number % REPEATS + (number // REPEATS + 0.5) / len(self.held)) for number in numbers]
             )
             spread = (places / REPEATS * len(self.levels)).long().clamp(max=len(self.levels) - 1)
-            draws = Draws(spread.expand(2, -1), draws.noise, draws.posterior, torch.ones_like(draws.captioned))
+            draws = Draws(
+                spread.expand_as(draws.timesteps), draws.noise, draws.posterior, torch.ones_like(draws.captioned)
+            )
             with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
                 for name, value in self._eq5(self.module, batch, draws).items():
                     totals.setdefault(name, []).append(value.float().cpu())
@@ -179,11 +187,11 @@ def _like(flags: Tensor, rows: Tensor) -> Tensor:
 
 
 def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[LoraTask, Samples]:
-    """The task of stage 2 with its base and the intrinsic VAE of stage 1, and what it learns from.
+    """The task of stage 2 with its base and the VAE of its intrinsics, and what it learns from.
 
     Raises UserError when there is no intrinsic VAE, or it does not fit the base, or caches do not fit either.
     """
-    vae = trained_vae(config)
+    vae = vae_of_intrinsics(config)
     pipeline: Any = open_base(config.base, dtype=precision(config.lora.loop, device))
     network: Any = network_of(pipeline)
     if vae.config["latent_channels"] != network.config["in_channels"]:
@@ -234,8 +242,21 @@ def make_task(
     )
 
 
+def vae_of_intrinsics(config: TrainConfig) -> AutoencoderKL:
+    """The trained VAE of stage 1; without a shared VAE the base's own, for which no stage 1 is needed. float32.
+
+    Raises UserError when stage 1 is not finished, or when its result would be overwritten.
+    """
+    if config.lora.shared_vae:
+        return trained_vae(config)
+    if (config.folder / STAGE_ONE).exists():
+        raise UserError(f"{config.out} has a stage 1, which lora.shared_vae = false does not use; choose another --out")
+    pipeline: Any = open_base(config.base, dtype=torch.float32)
+    return SeparateVae.of(pipeline.vae)
+
+
 def train_lora(config: TrainConfig) -> Outcome:
-    """Trains stage 2 with the VAE of stage 1, and writes the run folder. The same call again continues."""
+    """Trains stage 2, and writes the run folder. The same call again continues."""
     accelerator = make_accelerator()
     world = accelerator.num_processes
     task, samples = load_task(config, accelerator.device, world)
@@ -254,8 +275,10 @@ def train_lora(config: TrainConfig) -> Outcome:
         weights = task.streams.weights(outcome.average)
         training = identity | {"recipe": config.name, "steps": outcome.step}
         prediction = prediction_type_of(task.pipeline)
-        manifest = manifest_for(task.module, config.base, prediction, weights, training=training)
-        save_run(config.out, manifest, weights, trained_vae(config))
+        manifest = manifest_for(
+            task.module, config.base, prediction, weights, training=training, shared_vae=config.lora.shared_vae
+        )
+        save_run(config.out, manifest, weights, vae_of_intrinsics(config))
     accelerator.wait_for_everyone()
     return outcome
 

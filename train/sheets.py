@@ -13,6 +13,7 @@ from infer.bases import describe_base, network_of, prediction_type_of
 from infer.denoiser import JointDenoiser
 from infer.run_folder import Run, manifest_for
 from infer.sampler import CoGenerator
+from infer.separate_vae import SeparateVae
 from infer.stages import stage_map_of
 from shards.display import sheet
 from shards.errors import UserError
@@ -25,7 +26,9 @@ class TrainingGenerator(CoGenerator):
     def __init__(self, pipeline: Any, denoiser: JointDenoiser, vae: AutoencoderKL) -> None:
         network: nn.Module = network_of(pipeline)
         lora = denoiser.lora_weights()
-        manifest = manifest_for(network, "training", prediction_type_of(pipeline), lora)
+        manifest = manifest_for(
+            network, "training", prediction_type_of(pipeline), lora, shared_vae=not isinstance(vae, SeparateVae)
+        )
         self.run, self.base = Run(url="", manifest=manifest, lora=lora, vae=vae), describe_base(network, "training")
         self.pipeline, self.vae, self.denoiser = pipeline, vae, denoiser
         self.stages = stage_map_of(network)

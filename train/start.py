@@ -19,19 +19,28 @@ ANEW = "--start '' begins anew"
 def started_from(config: TrainConfig, pipeline: Any) -> Path | None:
     """The folder of the run to learn on from; None to begin anew.
 
-    Raises UserError when it was made for another base. A run that has only its first stage does not say for which.
+    Raises UserError when it was made for another base, or with another kind of VAE. A run that has only its first stage does
+    not say for which base.
     """
     if not config.start:
         return None
     run = Path(resolve(config.start, "run"))
     if (run / MANIFEST).exists():
+        manifest = load_manifest(str(run))
         try:
-            load_manifest(str(run)).check(
-                describe_base(network_of(pipeline), config.base), prediction_type_of(pipeline)
-            )
+            manifest.check(describe_base(network_of(pipeline), config.base), prediction_type_of(pipeline))
         except UserError as error:
             raise UserError(f"cannot start from {config.start}: {error}; {ANEW}") from error
+        if manifest.shared_vae != config.lora.shared_vae:
+            raise UserError(
+                f"cannot start from {config.start}: it was trained with lora.shared_vae = {_said(manifest.shared_vae)}, "
+                f"and now it is {_said(config.lora.shared_vae)}; {ANEW}"
+            )
     return run
+
+
+def _said(value: bool) -> str:
+    return str(value).lower()  # as in a recipe
 
 
 def begin_with(run: Path, streams: Streams, config: TrainConfig) -> None:
@@ -39,7 +48,8 @@ def begin_with(run: Path, streams: Streams, config: TrainConfig) -> None:
     manifest = load_manifest(str(run))
     theirs, mine = read_lora(run / LORA), streams.trainable()
     shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (theirs.tensors, mine)]
-    shape = LoraShape(rank=config.lora.rank, alpha=streams.weights(mine).alpha, targets=config.lora.targets)
+    made = streams.weights(mine)
+    shape = LoraShape(rank=made.rank, alpha=made.alpha, targets=config.lora.targets)
     if shapes[0] != shapes[1] or theirs.alpha != shape.alpha:
         raise UserError(
             f"{run} has another LoRA than this training: {manifest.lora}, not {shape}; set [lora] alike, or {ANEW}"

@@ -17,7 +17,7 @@ from train.config import LoraConfig
 
 
 class Streams(Protocol):
-    """used: which streams' rows are in a batch, 0 the image's and 1 the intrinsics'. denoiser: None without joint attention."""
+    """used: which streams' rows are in a batch, 0 the image's, from 1 on the intrinsics'. denoiser: None if not joint."""
 
     @property
     def used(self) -> tuple[int, ...]: ...
@@ -40,13 +40,17 @@ def make_streams(network: nn.Module, config: LoraConfig) -> Streams:
 
 
 class JointStreams:
-    """Both streams in one batch, image rows first, with joint attention at w = 1 (or at the schedule of the ablation)."""
-
-    used: tuple[int, ...] = (0, 1)
+    """All streams in one batch, image rows first, with joint attention at w = 1 (or at the schedule of the ablation)."""
 
     def __init__(self, network: nn.Module, config: LoraConfig) -> None:
+        self.used, others = tuple(range(config.streams)), config.streams - 1
         self.denoiser = JointDenoiser.install(
-            network, rank=config.rank, alpha=config.alpha or None, targets=config.targets, dtype=torch.float32
+            network,
+            rank=others * config.rank,
+            alpha=others * config.alpha or None,
+            targets=config.targets,
+            dtype=torch.float32,
+            streams=config.streams,
         )
         self.denoiser.freeze()
         stages = stage_map_of(network)
@@ -56,8 +60,8 @@ class JointStreams:
         return dict(self.denoiser.lora_weights().tensors)  # type: ignore[arg-type]
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        """noisy: (2B, C, h, w), timesteps: (2B,) -> (2B, C or 2C, h, w)."""
-        self.denoiser.prepare(len(noisy) // 2, self._schedule)
+        """noisy: (S B, C, h, w), timesteps: (S B,) -> (S B, C or 2C, h, w)."""
+        self.denoiser.prepare(len(noisy) // self.denoiser.streams, self._schedule)
         return _call(module, noisy, timesteps, conditions)
 
     def weights(self, values: Mapping[str, Tensor]) -> LoraWeights:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from infer.bases import open_base
 from infer.vae import scaled, widen
 from shards.display import Row, sheet
-from shards.errors import UserError
+from shards.errors import UsageError, UserError
 from shards.intrinsics import INTRINSICS
 from shards.packing import CHANNELS, SLICES, unpack
 from shards.storage import Folder
@@ -167,6 +167,8 @@ def perceptual(lpips: nn.Module, made: Tensor, x: Tensor) -> Tensor:
 
 def train_vae(config: TrainConfig) -> Outcome:
     """Trains stage 1 and writes RUN/vae, a diffusers folder. The same call again continues."""
+    if not config.lora.shared_vae:
+        raise UsageError("with lora.shared_vae = false there is no stage 1: run `python -m train lora` alone")
     accelerator = make_accelerator()
     device = accelerator.device
     torch.manual_seed(config.seed)
