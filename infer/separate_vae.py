@@ -33,15 +33,15 @@ class SeparateVae(AutoencoderKL):
                 f"only an RGB autoencoder reads intrinsics as pictures, not one of {config['in_channels']} channels"
             )
         with torch.device("meta"):
-            made: Self = cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+            made: Any = cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})
         made.load_state_dict({name: value.detach().clone() for name, value in vae.state_dict().items()}, assign=True)
         return made.eval()
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:  # type: ignore[override]
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
         """As AutoencoderKL's, of packed intrinsics (B, 8, H, W) in [-1, 1]; its posterior has rows (4, B)."""
         return super().encode(pictures(x), return_dict=return_dict)
 
-    def decode(  # type: ignore[override]
+    def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """As AutoencoderKL's, of latents (4 B, C, h, w), rows (4, B); its sample is packed, (B, 8, H, W)."""
