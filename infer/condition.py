@@ -71,9 +71,8 @@ class Known:
 
     def put(self, latents: Tensor) -> Tensor:
         """Latents (S B, C, h, w) with the known part in its place."""
-        return torch.where(self.where, self.latents.to(latents), latents.unflatten(0, (len(self.where), -1))).flatten(
-            0, 1
-        )
+        made = latents.unflatten(0, (len(self.where), -1))
+        return torch.where(self.where, self.latents.to(latents), made).flatten(0, 1)
 
 
 def known_latents(
@@ -101,10 +100,8 @@ def known_latents(
                 found = f"{item.values.shape[1]} x {item.values.shape[0]}"
                 raise UserError(f"the given {name} map is {found}; the size asked for is {width} x {height}")
         with full_precision(intrinsic_vae):
-            encoded = encode(
-                intrinsic_vae, torch.from_numpy(pack(given.maps)[0])[None]
-            )  # a row for each of its streams
-            latents[1:] = encoded[:, None].to(like)
+            encoded = encode(intrinsic_vae, torch.from_numpy(pack(given.maps)[0])[None])
+        latents[1:] = encoded[:, None].to(like)  # a row for each intrinsic stream, for all B images
         of_each = [1 + number for number, name in enumerate(SLICES) if name in given.maps]
         where[[1] if streams == 2 else of_each] = _known(given.repaint_maps, size, like)
     return Known(latents, where.to(like.device))

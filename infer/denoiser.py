@@ -236,11 +236,9 @@ class JointDenoiser:
         step, timestep, args, kwargs = self._plan(args, kwargs)
         with step:
             output = self._forward(*args, **kwargs)
-        return (
-            self._keep_shares(step, timestep, output)
-            if step.streams > 1
-            else _all_rows(output, self.streams, step.images)
-        )
+        if step.streams == 1:
+            return _all_rows(output, self.streams, step.images)
+        return self._keep_shares(step, timestep, output)
 
     @torch.compiler.disable
     def _plan(self, args: Any, kwargs: Any) -> tuple[Step, float | tuple[float, ...], Any, Any]:

@@ -241,6 +241,15 @@ def test_the_run_samples_four_maps_and_a_batch_is_its_images_alone(generator: Co
     tiny_text.close(made.intrinsic_latents[1::2], alone.intrinsic_latents)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "pixart_alpha"])
+def test_other_bases_learn_and_sample_too(name: str, shards: str, tmp_path: Path) -> None:
+    base = tiny_text.models(name)[0]
+    assert train_lora(config_of(shards, base, tmp_path, SEPARATE, "lora.loop.steps=1")).finished
+    with CoGenerator.from_pretrained(base, str(tmp_path), device="cpu") as made:
+        made.pipeline.set_progress_bar_config(disable=True)
+        assert set(made("a ball", steps=2, size=32).intrinsics[0]) == set(INTRINSICS)
+
+
 def test_images_alone_are_the_bases_where_no_weight_is_left(generator: CoGenerator) -> None:
     asked: dict[str, Any] = {"steps": 2, "size": 32, "seeds": 3, "schedule": "off"}
     alone, joint = generator("a ball", intrinsics=False, **asked), generator("a ball", **asked)
@@ -293,6 +302,27 @@ def test_the_loss_of_the_intrinsics_is_the_mean_of_their_streams(shards: str, tm
     )
     torch.testing.assert_close(terms["image"], each[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["intrinsic"], each[1:].mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_and_a_schedule_in_training_give_gradients(shards: str, tmp_path: Path) -> None:
+    found = {}
+    for option in (
+        "",
+        "lora.loop.gradient_checkpointing=true",
+        "lora.train_schedule=gaussian",
+        'lora.without=["depth"]',
+    ):
+        settings = [SEPARATE, "data.memory_gb=0", "data.workers=0", *([option] if option else [])]
+        task, samples = load_task(config_of(shards, _base(), tmp_path, *settings), torch.device("cpu"), world=1)
+        with torch.no_grad():
+            for parameter in task.trainable().values():
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        task.losses(task.module, next(samples.batches(training.Sampler(batch=2, samples=2))))["loss"].mean().backward()
+        found[option] = torch.cat([p.grad.flatten() for p in task.trainable().values() if p.grad is not None])
+        assert found[option].isfinite().all() and found[option].any()
+    plain, checkpointed, *others = found.values()
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-8)
+    assert not any(torch.allclose(other, plain, rtol=1e-4, atol=1e-8) for other in others)
 
 
 def test_independent_timesteps_are_one_for_the_image_and_one_for_all_intrinsics(shards: str, tmp_path: Path) -> None:
