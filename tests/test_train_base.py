@@ -98,6 +98,16 @@ def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, tmp_path: Pa
         assert all(torch.equal(before[key], after[key]) for key in before) != learned
 
 
+def test_a_base_may_take_the_vae_of_another_and_learn_the_rest_anew(truth: str, tmp_path: Path) -> None:
+    sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1, "steps": 1}
+    first = train_base(BaseTraining(out=tmp_path / "first", **sizes))
+    taken = train_base(BaseTraining(out=tmp_path / "taken", vae=first, vae_rate=1.0, seed=9, **sizes))
+    for part, same in (("vae", True), ("unet", False), ("text_encoder", False)):
+        (name,) = (path.name for path in (first / part).glob("*.safetensors"))
+        one, other = (load_file(folder / part / name) for folder in (first, taken))
+        assert all(torch.equal(one[key], other[key]) for key in one) == same
+
+
 def test_a_pretrained_base_that_is_no_pipeline_is_a_sentence(truth: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model_index"):
         train_base(BaseTraining(shards=truth, out=tmp_path / "out", pretrained=tmp_path / "typo"))

@@ -44,9 +44,11 @@ def base(
     pretrained: Annotated[
         str | None, typer.Option(help="Learn on from this pipeline of `train base`; demo is the embedded one.")
     ] = None,
+    vae: Annotated[str | None, typer.Option(help="Take the VAE of this pipeline, and train the rest.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 16_000,
     batch: Annotated[int, typer.Option(min=1, help="Pictures of such a step.")] = 32,
     rate: Annotated[float, typer.Option(help="Its learning rate.")] = 4e-4,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     debug: cli.DebugOption = False,
 ) -> None:
     """Trains the embedded base on the demo world: a Stable Diffusion pipeline of 64 px.
@@ -56,8 +58,11 @@ def base(
     from infer.shipped import resolve
     from train.base import BaseTraining, train_base
 
-    begin = Path(resolve(pretrained, "base")) if pretrained else None
-    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, steps=steps, batch=batch, rate=rate))
+    if pretrained and vae:
+        raise UsageError("--pretrained brings its own VAE: leave --vae out")
+    begin, keep = (Path(resolve(given, "base")) if given else None for given in (pretrained, vae))
+    amount: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "save_every": save_every}
+    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, **amount))
     print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
 
 

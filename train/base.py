@@ -5,9 +5,11 @@
 
     torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch; on one
                                                        machine, threads are faster
+    python -m train base --vae demo ...                        takes the VAE of a finished pipeline, and trains the rest
     python -m train base --pretrained demo --steps 9000 ...    goes on from a finished pipeline, whose VAE stays as it is
 
-On a GPU where there is one. Each stage is a pure function of (seed, step) and goes on from its last checkpoint.
+On a GPU where there is one; the U-Net's kernels are then replayed as CUDA graphs. Each stage is a pure function of (seed,
+step) and goes on from its last checkpoint.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ from train.base_networks import (
     make_vae,
     save_base,
 )
-from train.data import generator_of, mirrored
+from train.data import CPU, generator_of, mirrored
+from train.graphed import GraphedNetwork
 from train.latent_channels import weigh_channels
 from train.state import STATE, averaged, follow, load_state, save_state
 from train.truth import fully_named
@@ -59,7 +62,8 @@ NOISE = 4  # a purpose of train.data.generator_of
 class BaseTraining:
     """The recipe: vae_* of the first stage, the rest of the second.
 
-    pretrained: a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; none: all is new.
+    pretrained: a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; vae: one of which only the VAE
+    is taken; neither: all is new.
     cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
     may be given more steps as long as it has not reached it.
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
@@ -71,6 +75,7 @@ class BaseTraining:
     shards: str
     out: Path = Path("runs/base")
     pretrained: Path | None = None
+    vae: Path | None = None
     seed: int = 0
     held_out: int = 256
     vae_steps: int = 30_000
@@ -135,9 +140,9 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pixels(images: np.ndarray) -> Tensor:
+def pixels(images: np.ndarray, device: torch.device = CPU) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> A
         rng = np.random.default_rng([config.seed, 1, step])
         rows = rng.integers(len(pictures.images), size=config.vae_batch)
         noise = rng.standard_normal((config.vae_batch, LATENT_CHANNELS, *[IMAGE_PX // STRIDE] * 2), np.float32)
-        x = pixels(pictures.images[rows[part]]).to(device)
+        x = pixels(pictures.images[rows[part]], device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part]).to(device)).sample
         return 4 * F.mse_loss(y, x) + config.kl * posterior.kl().mean()
@@ -242,7 +247,7 @@ def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> A
 def _finished_vae(folder: Path) -> AutoencoderKL:
     """Raises UserError if there is no pipeline."""
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"--pretrained {folder} is no diffusers folder: it has no model_index.json")
+        raise UserError(f"{folder} is no diffusers folder: it has no model_index.json")
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
 
@@ -255,12 +260,13 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     return float((10 * torch.log10(4 / (y - x).square().mean(dim=(1, 2, 3)))).mean())
 
 
-def _means(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
+def _means(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     """The posterior means (N, C, h, w) of images uint8 (N, H, W, 3), unscaled, on the CPU."""
     device, parts = vae.device, []
+    batch = 64 if device.type == "cpu" else 1024  # what fits a cache, and what keeps a GPU busy
     with torch.no_grad():
         for start in range(0, len(images), batch):
-            parts.append(vae.encode(pixels(images[start : start + batch]).to(device)).latent_dist.mean.cpu())
+            parts.append(vae.encode(pixels(images[start : start + batch], device)).latent_dist.mean.cpu())
     return torch.cat(parts).contiguous()
 
 
@@ -296,6 +302,8 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
     net = nn.ModuleDict({"unet": unet, "text": text}).to(device)
+    graph = device.type == "cuda" and not dist.is_initialized()
+    denoise = GraphedNetwork(unet, torch.bfloat16) if graph else unet
     nn.Module.to(vae, device)
     latents = (_latents(config, vae, pictures.images) * vae.config["scaling_factor"]).to(device)
 
@@ -319,7 +327,10 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         t = torch.from_numpy((rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int)).to(device)
         signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
         noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
-        return F.mse_loss(unet(noisy[part], t[part], text(ids[part])[0]).sample, target[part])
+        words = text(ids[part])[0]
+        return F.mse_loss(
+            denoise(noisy[part], t[part], encoder_hidden_states=words, return_dict=False)[0], target[part]
+        )
 
     _train(
         net,
@@ -341,6 +352,7 @@ def train_base(config: BaseTraining) -> Path:
     pictures, held_out = Pictures.read(config.shards).split(config.held_out)
     print(f"{len(pictures.captions)} pictures to learn from, half of them mirrored; {len(held_out.captions)} held out")
     config.out.mkdir(parents=True, exist_ok=True)
-    vae = _finished_vae(config.pretrained) if config.pretrained else train_vae(config, pictures, held_out)
+    given = config.pretrained or config.vae
+    vae = _finished_vae(given) if given else train_vae(config, pictures, held_out)
     train_text_to_image(config, pictures, vae)
     return config.out / "pipeline"

@@ -147,6 +147,7 @@ class LoraConfig:
     without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache` added to the
     shards. image_stream = false: the paper's ablation "LoRA-only". shared_vae = false: its ablation without the shared VAE
     (Tab. 5), each intrinsic in a stream of its own by the base's VAE; no stage 1, and rank is that of each stream.
+    cuda_graph: replay a step's kernels as a CUDA graph, which pays where launching them takes longer than running them.
     """
 
     loop: LoopConfig
@@ -163,6 +164,7 @@ class LoraConfig:
     cache: bool = False
     image_stream: bool = True
     shared_vae: bool = True
+    cuda_graph: bool = False
     prompts: tuple[str, ...] = ()
     sample_steps: int = 25
     guidance: float = 7.5
@@ -177,6 +179,10 @@ class LoraConfig:
             raise UsageError("lora.without leaves out every intrinsic")
         if self.without and self.cache:
             raise UsageError("lora.without needs the maps: cached latents have all of them; set lora.cache = false")
+        if self.cuda_graph and (self.loop.accumulate > 1 or self.loop.compile or self.loop.gradient_checkpointing):
+            raise UsageError("lora.cuda_graph works with one batch a step, without compile and gradient_checkpointing")
+        if self.cuda_graph and self.train_schedule:
+            raise UsageError("lora.cuda_graph replays a step at w = 1: lora.train_schedule has another w in each step")
         if self.train_schedule and (self.independent_timesteps or not self.image_stream):
             raise UsageError("lora.train_schedule needs both streams at one timestep")
         if not self.shared_vae and self.cache:
@@ -224,7 +230,7 @@ class TrainConfig:
         loop: dict[str, Any] = table.pop("loop")
         kept = {name: value for name, value in loop.items() if name not in BOOKKEEPING | _PER_PROCESS}
         kept["samples_per_step"] = loop["batch"] * loop["accumulate"] * world
-        for name in ("prompts", "sample_steps", "guidance"):
+        for name in ("prompts", "sample_steps", "guidance", "cuda_graph"):
             table.pop(name, None)
         data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in ("workers", "memory_gb")}
         made_of = {"shards": list(self.shards), "start": self.start, "data": data}

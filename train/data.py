@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ from shards.stream import Item, Stream
 from train.cached import LATENTS, TEXT, LatentsSpec, TextSpec, cached_latents, cached_text
 from train.config import DataConfig
 
+CPU = torch.device("cpu")
 AHEAD = 3
 """Batches that are made while the current one is trained on."""
+READ_TOGETHER = 128
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ class Batch:
     def keys(self) -> list[str]:
         return [sample.key for sample in self.samples]
 
-    def image(self) -> Tensor:
-        return torch.stack([sample.image for sample in self.samples]).float() / 127.5 - 1
+    def image(self, device: torch.device = CPU) -> Tensor:
+        return torch.stack([sample.image for sample in self.samples]).to(device).float() / 127.5 - 1
 
-    def packed(self) -> Tensor:
-        return torch.stack([sample.packed.float() for sample in self.samples])  # autocast on the CPU stacks no float16
+    def packed(self, device: torch.device = CPU) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # it stacks no float16
+            return torch.stack([sample.packed for sample in self.samples]).to(device).float()
 
     def valid(self) -> Tensor:
         return torch.stack([sample.valid for sample in self.samples])
@@ -88,9 +92,6 @@ class Held:
     image: np.ndarray
     maps: dict[str, IntrinsicMap]
     depth: DepthRange
-
-
-CPU = torch.device("cpu")
 
 
 def generator_of(seed: int, position: int, purpose: int, device: torch.device = CPU) -> torch.Generator:
@@ -132,6 +133,11 @@ def _to_tensors(item: Item, rng: np.random.Generator, config: DataConfig, datase
         skipped=item.skipped,
     )
     return sample, Held(sample, image, maps, depth_range(maps["depth"]))
+
+
+def _variants(item: Item, rng: np.random.Generator, configs: Sequence[DataConfig], samples: "Samples") -> list[Sample]:
+    """One sample by several settings."""
+    return [_to_tensors(item, rng, config, samples._dataset(item.position))[0] for config in configs]
 
 
 def _from_caches(item: Item, rng: np.random.Generator, config: DataConfig, caches: Caches, dataset: int = 0) -> Sample:
@@ -231,6 +237,27 @@ class Samples:
             if name[2] == sample.key:  # else it stands in for a corrupt one
                 self._kept[name] = sample
         return [found[position] for position in positions]
+
+    def read_ahead(self, use: Callable[[Sequence[Sample]], None]) -> None:
+        """Reads every sample in each of its variants, by config.workers processes, and hands them to `use`, a batch at a time.
+
+        From then on samples are given without pixels, caption apart: for a training on a GPU that learns from latents in its
+        memory, and faster than one process decodes.
+        """
+        flips = [flip for flip in (False, True) if (self.config.flip < 1, self.config.flip > 0)[flip]]
+        plain = [dataclasses.replace(self.config, flip=float(flip)) for flip in flips]
+        stream = dataclasses.replace(
+            self.stream, shuffle=False, transform=partial(_variants, configs=plain, samples=self)
+        )
+        loader = StreamLoader(stream, Sampler(batch=READ_TOGETHER, samples=len(self)), num_workers=self.config.workers)
+        nothing = torch.empty(0)
+        for read in loader:
+            batch = [sample for variants in read for sample in variants if not sample.skipped]
+            use(batch)
+            for sample in batch:
+                bare = dataclasses.replace(sample, image=nothing, packed=nothing, valid=nothing)
+                dataset, flip = sample.variant
+                self._kept[dataset, flip, sample.key] = bare
 
     def iterate(self, positions: Sequence[int], empty: Empty = np.empty) -> Iterable[Sample]:
         """The same one by one, as they are made. `empty` is for maps that travel; here what is packed of them does."""

@@ -26,17 +26,41 @@ class Encoded:
         """Clean latents (S, B, C, h, w)."""
         return self.mean + self.std * noise
 
+    def take(self, rows: Tensor) -> "Encoded":
+        """These samples, of int64 (B,)."""
+        return Encoded(self.mean[:, rows], self.std[:, rows], {name: value[rows] for name, value in self.text.items()})
+
+    def put(self, first: int, other: "Encoded") -> None:
+        """Another's samples in the place of those from `first` on."""
+        rows = slice(first, first + other.mean.shape[1])
+        self.mean[:, rows], self.std[:, rows] = other.mean, other.std
+        for name, value in other.text.items():
+            self.text[name][rows] = value
+
+    def room(self, count: int, begin: "Encoded | None") -> "Encoded":
+        """Room for `count` samples of this kind, of which the first are those of `begin`."""
+        streams, _, *shape = self.mean.shape
+        mean, std = (self.mean.new_empty((streams, count, *shape)) for _ in range(2))
+        made = Encoded(mean, std, {name: v.new_empty((count, *v.shape[1:])) for name, v in self.text.items()})
+        if begin is not None:
+            made.put(0, begin)
+        return made
+
 
 class Encoder:
-    """Encodes batches. Where the samples are few and are seen often, each is encoded once, alone, and kept in memory: so
-    what it gives never depends on its neighbours, nor on where a run was resumed."""
+    """Encodes batches. Where the samples are few and are seen often, each is encoded once and remembered, on the device.
+
+    On the CPU each is then encoded alone, so that what it gives never depends on its neighbours, nor on where a run was
+    resumed. GPUs promise no such thing: there a batch's new ones are encoded together.
+    """
 
     def __init__(
         self, pipeline: Any, vae: AutoencoderKL, *, without: Sequence[slice], size_px: int, keep: bool
     ) -> None:
         """without: packed channels that are left out. keep: whether to remember."""
         self._pipeline, self._vae, self._without, self._keep = pipeline, vae, without, keep
-        self._kept: dict[tuple[str, int, bool], Encoded] = {}
+        self._rows: dict[tuple[str, int, bool], int] = {}  # of the memory, by key, dataset and flip
+        self._memory: Encoded | None = None
         factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.shape = (int(vae.config["latent_channels"]), size_px // factor, size_px // factor)
         """(C, h, w) of a latent."""
@@ -47,12 +71,22 @@ class Encoder:
             return self._from_caches(batch.samples)
         if not self._keep:
             return self._encode(batch.samples)
-        rows = [self._known(sample) for sample in batch.samples]
-        return Encoded(
-            torch.cat([row.mean for row in rows], dim=1),
-            torch.cat([row.std for row in rows], dim=1),
-            {name: torch.cat([row.text[name] for row in rows]) for name in rows[0].text},
-        )
+        self.remember(batch.samples)
+        assert self._memory is not None
+        rows = torch.tensor([self._rows[_name(sample)] for sample in batch.samples], device=self._memory.mean.device)
+        return self._memory.take(rows)
+
+    @torch.no_grad()
+    def remember(self, samples: Sequence[Sample]) -> None:
+        """Encodes those that it has not seen before."""
+        new = list({_name(sample): sample for sample in samples if _name(sample) not in self._rows}.values())
+        alone = next(self._vae.parameters()).device.type == "cpu"
+        for group in [[sample] for sample in new] if alone else [new] if new else []:
+            found, first = self._encode(group), len(self._rows)
+            if self._memory is None or first + len(group) > self._memory.mean.shape[1]:
+                self._memory = found.room(2 * first + len(group), self._memory)
+            self._memory.put(first, found)
+            self._rows |= {_name(sample): first + i for i, sample in enumerate(group)}
 
     def _from_caches(self, samples: Sequence[Sample]) -> Encoded:
         device, tensors = next(self._vae.parameters()).device, [dict(sample.cached or {}) for sample in samples]
@@ -66,25 +100,24 @@ class Encoder:
         means, stds = (torch.stack(column) for column in zip(*found, strict=True))
         return Encoded(means, stds, text)
 
-    def _known(self, sample: Sample) -> Encoded:
-        name = (sample.key, *sample.variant)
-        if name not in self._kept:
-            self._kept[name] = self._encode([sample])
-        return self._kept[name]
-
     def _encode(self, samples: Sequence[Sample]) -> Encoded:
         batch, found = Batch(samples), []
-        packed = batch.packed()
+        device = next(self._vae.parameters()).device
+        packed = batch.packed(device)
         for channels in self._without:
             packed[:, channels] = 0
-        device = next(self._vae.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            for vae, pixels in ((self._pipeline.vae, batch.image()), (self._vae, packed)):
+            for vae, pixels in ((self._pipeline.vae, batch.image(device)), (self._vae, packed)):
                 with full_precision(vae):
-                    posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+                    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
                 mean, std = posterior.mean.float(), posterior.std.float()
                 found.append((scaled(vae, mean), scaled(vae, mean + std) - scaled(vae, mean)))
             text = encode_text(self._pipeline, [sample.caption for sample in samples])
         # a VAE that is not shared gives rows (4, B)
         mean, std = (torch.cat(column).unflatten(0, (-1, len(samples))) for column in zip(*found, strict=True))
         return Encoded(mean, std, text)
+
+
+def _name(sample: Sample) -> tuple[str, int, bool]:
+    """What decides how a sample is encoded."""
+    return (sample.key, *sample.variant)

@@ -26,6 +26,7 @@ from train.config import LoraConfig, TrainConfig
 from train.data import Batch, Caches, Sample, Samples, generator_of
 from train.diffusion_loss import noised, snr_weight, stream_loss, target
 from train.engine import Outcome, Validation, make_accelerator, precision, train
+from train.graphed import GraphedNetwork
 from train.latents import Encoder
 from train.network import encode_nothing, network_arguments, signal_levels
 from train.sheets import TrainingGenerator, sample_sheet
@@ -58,18 +59,20 @@ class Draws:
 
 def draw(config: LoraConfig, generators: Sequence[torch.Generator], shape: tuple[int, int, int], levels: int) -> Draws:
     """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
-    rows, streams = [], config.streams
-    for g in generators:
-        timesteps = torch.randint(levels, (2,), generator=g)
-        if not config.independent_timesteps:
-            timesteps[1] = timesteps[0]
-        timesteps = timesteps[[0] + [1] * (streams - 1)]
-        captioned = torch.rand((), generator=g) >= config.caption_drop
-        noise, posterior = torch.randn((2, streams, *shape), generator=g)
-        noise = noise + config.noise_offset * torch.randn((streams, shape[0], 1, 1), generator=g)
-        rows.append((timesteps, noise, posterior, captioned))
-    timesteps, noise, posterior, captioned = (torch.stack(column) for column in zip(*rows, strict=True))
-    return Draws(timesteps.T, noise.transpose(0, 1), posterior.transpose(0, 1), captioned)
+    streams = config.streams
+    times, captions, normals, offsets = [], [], [], []
+    for g in generators:  # this runs for every sample of every step: as few calls as can be
+        times.append(torch.randint(levels, (2,), generator=g))
+        captions.append(torch.rand((), generator=g))
+        normals.append(torch.randn((2, streams, *shape), generator=g))  # noise and posterior of all streams
+        if config.noise_offset:
+            offsets.append(torch.randn((streams, shape[0], 1, 1), generator=g))
+    noise, posterior = torch.stack(normals, dim=2)
+    if config.noise_offset:
+        noise = noise + config.noise_offset * torch.stack(offsets, dim=1)
+    drawn = torch.stack(times, dim=1)  # one for the image, and one for all intrinsics
+    timesteps = drawn[[0] + [int(config.independent_timesteps)] * (streams - 1)]
+    return Draws(timesteps, noise, posterior, torch.stack(captions) >= config.caption_drop)
 
 
 @dataclass
@@ -89,7 +92,7 @@ class LoraTask:
     name: str = "lora"
 
     def __post_init__(self) -> None:
-        self.module = network_of(self.pipeline)
+        self.module: nn.Module = network_of(self.pipeline)
         self.levels = signal_levels(self.pipeline).to(self.device)
         self.prediction = prediction_type_of(self.pipeline)
         self.nothing = encode_nothing(self.pipeline)
@@ -97,6 +100,8 @@ class LoraTask:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
         if self.config.loop.compile:
             self.streams.compile()
+        if self.config.cuda_graph:
+            self.module = GraphedNetwork(self.module, self.amp)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.streams.trainable()
@@ -191,6 +196,8 @@ def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[Lo
 
     Raises UserError when there is no intrinsic VAE, or it does not fit the base, or caches do not fit either.
     """
+    if config.lora.cuda_graph and world > 1:
+        raise UserError("lora.cuda_graph is for one process: leave it off, or train on one GPU")
     vae = vae_of_intrinsics(config)
     pipeline: Any = open_base(config.base, dtype=precision(config.lora.loop, device))
     network: Any = network_of(pipeline)
@@ -204,9 +211,11 @@ def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[Lo
     selection = str(config.folder / "training" / "selection")
     samples = Samples(config.shards, config.data, config.seed, selection, caches)
     seen = config.lora.loop.steps * config.lora.loop.batch * config.lora.loop.accumulate * world
-    # encoding each sample alone is for the CPU's exact resume, which GPUs do not promise; there whole batches are encoded
-    keep = device.type == "cpu" and samples.in_memory and seen >= SEEN_OFTEN * len(samples)
-    return make_task(config, pipeline, vae, samples.held_out_samples(), device, keep), samples
+    keep = samples.in_memory and seen >= SEEN_OFTEN * len(samples)
+    task = make_task(config, pipeline, vae, samples.held_out_samples(), device, keep)
+    if keep and device.type != "cpu" and config.data.workers:
+        samples.read_ahead(task.encoder.remember)  # a GPU learns from samples faster than they are decoded
+    return task, samples
 
 
 def make_task(
@@ -260,7 +269,8 @@ def train_lora(config: TrainConfig) -> Outcome:
     accelerator = make_accelerator()
     world = accelerator.num_processes
     task, samples = load_task(config, accelerator.device, world)
-    base = describe_base(task.module, config.base)
+    network = network_of(task.pipeline)
+    base = describe_base(network, config.base)
     identity = config.identity("lora", world) | {"base": base.architecture, "vae": weights_digest(task.vae)}
     outcome = train(
         task,
@@ -276,7 +286,7 @@ def train_lora(config: TrainConfig) -> Outcome:
         training = identity | {"recipe": config.name, "steps": outcome.step}
         prediction = prediction_type_of(task.pipeline)
         manifest = manifest_for(
-            task.module, config.base, prediction, weights, training=training, shared_vae=config.lora.shared_vae
+            network, config.base, prediction, weights, training=training, shared_vae=config.lora.shared_vae
         )
         save_run(config.out, manifest, weights, vae_of_intrinsics(config))
     accelerator.wait_for_everyone()
