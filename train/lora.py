@@ -56,19 +56,20 @@ class Draws:
 
 def draw(config: LoraConfig, generators: Sequence[torch.Generator], shape: tuple[int, int, int], levels: int) -> Draws:
     """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
-    times, captions, normals, offsets = [], [], [], []
+    times, captions, normals, offsets, alike = [], [], [], [], []
     for g in generators:  # this runs for every sample of every step: as few calls as can be
         times.append(torch.randint(levels, (2,), generator=g))
         captions.append(torch.rand((), generator=g))
         normals.append(torch.randn((2, 2, *shape), generator=g))  # noise and posterior of both streams
         if config.noise_offset:
             offsets.append(torch.randn((2, shape[0], 1, 1), generator=g))
+        if config.independent_timesteps:
+            alike.append(torch.rand((), generator=g) >= config.independent_timesteps)
     noise, posterior = torch.stack(normals, dim=2)
     if config.noise_offset:
         noise = noise + config.noise_offset * torch.stack(offsets, dim=1)
     timesteps = torch.stack(times, dim=1)
-    if not config.independent_timesteps:
-        timesteps = timesteps[:1].expand(2, -1)
+    timesteps[1] = torch.where(torch.stack(alike), timesteps[0], timesteps[1]) if alike else timesteps[0]
     return Draws(timesteps, noise, posterior, torch.stack(captions) >= config.caption_drop)
 
 
@@ -121,7 +122,7 @@ class LoraTask:
             name: torch.where(_like(draws.captioned, rows), rows, self.nothing[name].to(rows))
             for name, rows in encoded.text.items()
         }
-        sizes = torch.tensor([sample.sizes for sample in batch.samples], device=self.device)
+        sizes = torch.tensor([sample.sizes for sample in batch.samples]).to(self.device, non_blocking=True)
         used = self.streams.used
         conditions = network_arguments(
             self.pipeline,
