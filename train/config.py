@@ -143,10 +143,10 @@ class LoraConfig:
     """Stage 2 (eq. 5). intrinsic_weight: its lambda. caption_drop: captions left out for classifier-free guidance.
 
     The rest is off unless asked for. snr_gamma: min-SNR weighting (0: none). noise_offset: of both streams' noise.
-    independent_timesteps: the share of samples whose streams have each its own t. train_schedule: w(l, t) in training ("" is the paper's w = 1).
-    without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache` added to the
-    shards. image_stream = false: the paper's ablation "LoRA-only". cuda_graph: replay a step's kernels as a CUDA graph, which
-    pays where launching them takes longer than running them.
+    independent_timesteps: the share of samples whose streams have each its own t. train_schedule: w(l, t) in training ("" is
+    the paper's w = 1). without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache`
+    added to the shards. image_stream = false: the paper's ablation "LoRA-only". cuda_graph: replay a step's kernels as a CUDA
+    graph, which pays where launching them takes longer than running them.
     """
 
     loop: LoopConfig
