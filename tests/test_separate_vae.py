@@ -326,7 +326,7 @@ def test_gradient_checkpointing_and_a_schedule_in_training_give_gradients(shards
 
 
 def test_independent_timesteps_are_one_for_the_image_and_one_for_all_intrinsics(shards: str, tmp_path: Path) -> None:
-    config = config_of(shards, _base(), tmp_path, SEPARATE, "lora.independent_timesteps=true")
+    config = config_of(shards, _base(), tmp_path, SEPARATE, "lora.independent_timesteps=1.0")
     made = draw(config.lora, [generator_of(0, position, DRAWS) for position in range(4)], (4, 2, 2), 1000).timesteps
     assert all(torch.equal(row, made[1]) for row in made[2:]) and not torch.equal(made[0], made[1])
 

@@ -256,7 +256,7 @@ def test_only_the_lora_learns_and_the_image_term_teaches_it_too(shards: str, tmp
 
 
 OPTIONS = {
-    "independent_timesteps=true": {},
+    "independent_timesteps=1.0": {},
     "snr_gamma=5.0": {},
     "noise_offset=0.1": {},
     "train_schedule=gaussian": {},

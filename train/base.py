@@ -319,12 +319,14 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         numbers = np.searchsorted(chances, rng.random(config.batch) * chances[-1], side="right").clip(
             max=len(chances) - 1
         )
-        rows = torch.from_numpy(numbers).to(device)
+        empties = rng.random(config.batch) < config.dropout
+        times = (rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int)
+        # a copy that is waited for waits for all that the GPU has to do
+        drawn = (torch.from_numpy(values).to(device, non_blocking=True) for values in (numbers, empties, times))
+        rows, dropped, t = drawn
         z, ids = latents[rows], tokens[rows]
-        dropped = torch.from_numpy(rng.random(config.batch) < config.dropout).to(device)
         ids = torch.where(dropped[:, None], empty, ids)
         noise = torch.randn(z.shape, device=device, generator=generator_of(config.seed, step, NOISE, device))
-        t = torch.from_numpy((rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int)).to(device)
         signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
         noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
         words = text(ids[part])[0]

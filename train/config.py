@@ -143,10 +143,10 @@ class LoraConfig:
     """Stage 2 (eq. 5). intrinsic_weight: its lambda. caption_drop: captions left out for classifier-free guidance.
 
     The rest is off unless asked for. snr_gamma: min-SNR weighting (0: none). noise_offset: of both streams' noise.
-    independent_timesteps: each stream its own t. train_schedule: w(l, t) in training ("" is the paper's w = 1).
-    without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache` added to the
-    shards. image_stream = false: the paper's ablation "LoRA-only". shared_vae = false: its ablation without the shared VAE
-    (Tab. 5), each intrinsic in a stream of its own by the base's VAE; no stage 1, and rank is that of each stream.
+    independent_timesteps: the share of samples whose streams have each its own t. train_schedule: w(l, t) in training ("" is
+    the paper's w = 1). without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache`
+    added to the shards. image_stream = false: the paper's ablation "LoRA-only". shared_vae = false: its ablation without the
+    shared VAE (Tab. 5), each intrinsic in a stream of its own by the base's VAE; no stage 1, and rank is that of each stream.
     cuda_graph: replay a step's kernels as a CUDA graph, which pays where launching them takes longer than running them.
     """
 
@@ -158,7 +158,7 @@ class LoraConfig:
     caption_drop: float = 0.1
     snr_gamma: float = 0.0
     noise_offset: float = 0.0
-    independent_timesteps: bool = False
+    independent_timesteps: float = 0.0
     train_schedule: str = ""
     without: tuple[str, ...] = ()
     cache: bool = False
@@ -170,7 +170,7 @@ class LoraConfig:
     guidance: float = 7.5
 
     def __post_init__(self) -> None:
-        _check("lora", self, ("rank", "sample_steps"), ("caption_drop",))
+        _check("lora", self, ("rank", "sample_steps"), ("caption_drop", "independent_timesteps"))
         if min(self.intrinsic_weight, self.snr_gamma, self.noise_offset, self.alpha) < 0:
             raise UsageError("lora.intrinsic_weight, alpha, snr_gamma and noise_offset must not be negative")
         if unknown := sorted(set(self.without) - set(INTRINSICS)):

@@ -37,6 +37,10 @@ class Validation:
     sheets: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
+Taken = list[tuple[Batch, dict[str, Tensor]]]
+"""The batches of a step, with their terms of the loss."""
+
+
 class Task(Protocol):
     """What is different between the stages."""
 
@@ -143,6 +147,10 @@ def train(
             )
         accelerator.wait_for_everyone()
 
+    def check(taken: tuple[int, Taken, Tensor] | None) -> None:
+        if taken is not None and not torch.isfinite(taken[2]):
+            raise UserError(_not_finite(*taken[:2], accelerator, checkpoints))
+
     def measure(step: int) -> float | None:
         if not main or log is None:
             return None
@@ -156,12 +164,12 @@ def train(
         if first_step == 0 and loop.steps:
             measure(0)
         batches = samples.batches(sampler)
-        step = first_step
+        step, unchecked = first_step, None
         while step < loop.steps:
             torch.manual_seed(seed * 1_000_003 + step * world + accelerator.process_index)  # for dropout, if any
             for group in optimiser.param_groups:
                 group["lr"] = loop.rate(step)
-            taken: list[tuple[Batch, dict[str, Tensor]]] = []
+            taken: Taken = []
             for number in range(loop.accumulate):
                 batch = next(batches)
                 last = number + 1 == loop.accumulate
@@ -172,12 +180,12 @@ def train(
                 taken.append((batch, {name: value.detach() for name, value in terms.items()}))
                 skipped.update(entry for sample in batch.samples for entry in sample.skipped)
             norm = nn.utils.clip_grad_norm_(parameters, loop.clip)
-            if not torch.isfinite(norm):
-                raise UserError(_not_finite(step, taken, accelerator, checkpoints))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             _average(average, parameters, min(loop.ema, (step + 1) / (step + 10)) if loop.ema else 0.0)
             sampler.advance(loop.accumulate)
+            check(unchecked)  # asking for a number waits for the GPU, which by now has the next step to work on
+            unchecked = (step, taken, norm)
             step += 1
             seen += loop.batch * loop.accumulate * world
             progress.advance(1)
@@ -188,8 +196,11 @@ def train(
                 log.step(step, values | {"grad_norm": float(norm), "rate": loop.rate(step - 1), "samples_per_s": speed})
             stopped = stop.asked(accelerator)
             ends = step == loop.steps
+            saves = stopped or ends or step % loop.checkpoint_every == 0 or step % loop.validate_every == 0
+            if saves:
+                check(unchecked)
             score = measure(step) if not stopped and (ends or step % loop.validate_every == 0) else None
-            if stopped or ends or step % loop.checkpoint_every == 0 or step % loop.validate_every == 0:
+            if saves:
                 save(step, score)
             if stopped and not ends:
                 break
@@ -269,14 +280,12 @@ def _check_identity(made_with: Mapping[str, Any], now: Mapping[str, Any], folder
         )
 
 
-def _means(taken: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> dict[str, float]:
+def _means(taken: Taken) -> dict[str, float]:
     names = list(taken[0][1])
     return {name: float(torch.stack([terms[name].float().mean() for _, terms in taken]).mean()) for name in names}
 
 
-def _not_finite(
-    step: int, taken: Sequence[tuple[Batch, Mapping[str, Tensor]]], accelerator: Accelerator, checkpoints: Checkpoints
-) -> str:
+def _not_finite(step: int, taken: Taken, accelerator: Accelerator, checkpoints: Checkpoints) -> str:
     """The sentence about a loss that is NaN or infinite, with the keys of the samples that gave it."""
     bad = [
         key

@@ -38,6 +38,8 @@ class GraphedNetwork(nn.Module):
         if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(arguments)):
             raise UserError("this base takes more than tensors, which a CUDA graph cannot: leave lora.cuda_graph off")
         examples = tree_map(lambda t: t.detach().clone().requires_grad_(t.requires_grad), arguments)
+        # autograd's nodes of the weights are made in capture, on a stream of its own: no mistake
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # weights that autocast had cast once would be kept over the capture, and not be cast again after they learned
         with torch.autocast("cuda", self._precision, self._precision != torch.float32, cache_enabled=False):
             graphed: Any = torch.cuda.make_graphed_callables(_Call(self.call.network), examples)

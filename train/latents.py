@@ -73,8 +73,8 @@ class Encoder:
             return self._encode(batch.samples)
         self.remember(batch.samples)
         assert self._memory is not None
-        rows = torch.tensor([self._rows[_name(sample)] for sample in batch.samples], device=self._memory.mean.device)
-        return self._memory.take(rows)
+        rows = torch.tensor([self._rows[_name(sample)] for sample in batch.samples])
+        return self._memory.take(rows.to(self._memory.mean.device, non_blocking=True))
 
     @torch.no_grad()
     def remember(self, samples: Sequence[Sample]) -> None:

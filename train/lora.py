@@ -60,18 +60,21 @@ class Draws:
 def draw(config: LoraConfig, generators: Sequence[torch.Generator], shape: tuple[int, int, int], levels: int) -> Draws:
     """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
     streams = config.streams
-    times, captions, normals, offsets = [], [], [], []
+    times, captions, normals, offsets, alike = [], [], [], [], []
     for g in generators:  # this runs for every sample of every step: as few calls as can be
         times.append(torch.randint(levels, (2,), generator=g))
         captions.append(torch.rand((), generator=g))
         normals.append(torch.randn((2, streams, *shape), generator=g))  # noise and posterior of all streams
         if config.noise_offset:
             offsets.append(torch.randn((streams, shape[0], 1, 1), generator=g))
+        if config.independent_timesteps:
+            alike.append(torch.rand((), generator=g) >= config.independent_timesteps)
     noise, posterior = torch.stack(normals, dim=2)
     if config.noise_offset:
         noise = noise + config.noise_offset * torch.stack(offsets, dim=1)
-    drawn = torch.stack(times, dim=1)  # one for the image, and one for all intrinsics
-    timesteps = drawn[[0] + [int(config.independent_timesteps)] * (streams - 1)]
+    timesteps = torch.stack(times, dim=1)
+    timesteps[1] = torch.where(torch.stack(alike), timesteps[0], timesteps[1]) if alike else timesteps[0]
+    timesteps = timesteps[[0] + [1] * (streams - 1)]  # the same for all intrinsics
     return Draws(timesteps, noise, posterior, torch.stack(captions) >= config.caption_drop)
 
 
@@ -124,7 +127,7 @@ class LoraTask:
             name: torch.where(_like(draws.captioned, rows), rows, self.nothing[name].to(rows))
             for name, rows in encoded.text.items()
         }
-        sizes = torch.tensor([sample.sizes for sample in batch.samples], device=self.device)
+        sizes = torch.tensor([sample.sizes for sample in batch.samples]).to(self.device, non_blocking=True)
         used = self.streams.used
         conditions = network_arguments(
             self.pipeline,
