@@ -6,10 +6,11 @@ Rows: `shards.stream` in its loader; plain webdataset in a DataLoader, with PIL 
 with a handler that gives what we give (maps in their units, by the same decoders) and once with one that stops at the codes of
 the PNGs; and the cost of decoding alone, from memory, in as many processes as there are workers, none of whose results go
 anywhere. The peer gets whole tars in their order, from S3 by a pipe from curl; both hand batches of 8 to the main process as
-tensors. With --cores 1 the main process and one worker share a core, so that neither gains by a further thread. The S3 server
-(benchmarks/slow_store.py) is a process of its own, with a delay before every answer. The last line is the time to open a
-dataset of a million samples, and to find the key at the end of its first epoch. Ratios to ours are what counts; CPU time says
-more on a machine that is busy.
+tensors. Rates are of a stream under way: the first 512 samples of a row are not counted (processes, imports, connections); the
+time to its first batch stands beside it. With --cores 1 the main process and one worker share a core, so that neither gains by
+a further thread. The S3 server (benchmarks/slow_store.py) is a process of its own, with a delay before every answer. The last
+line is the time to open a dataset of a million samples, and to find the key at the end of its first epoch. Ratios to ours are
+what counts; CPU time, of all samples, says more on a machine that is busy.
 """
 
 import argparse
@@ -43,6 +44,9 @@ from shards.sample import Sample, encode_meta, member_names
 from shards.storage import Folder
 from shards.stream import Item, Stream
 from shards.writer import ShardWriter
+
+WARM_UP = 512
+"""Samples of each row that come before its clock starts."""
 
 
 def smooth(rng: np.random.Generator, channels: int, size_px: int) -> np.ndarray:
@@ -126,8 +130,8 @@ def decode_all(held: list[Sample], samples: int) -> None:
         sample.maps()
 
 
-def decoding_alone(url: str, samples: int, workers: int) -> float:
-    """Seconds that `workers` processes need for `samples` samples together."""
+def decoding_alone(url: str, samples: int, workers: int) -> tuple[float, float]:
+    """Samples a second of `workers` processes together; no batch is handed out."""
     dataset = Dataset.open(url)
     held = [sample for _, sample in zip(range(32), dataset.samples("000000"), strict=False)]
     shares = [samples // workers + (i < samples % workers) for i in range(workers)]
@@ -138,15 +142,20 @@ def decoding_alone(url: str, samples: int, workers: int) -> float:
         process.start()
     for process in processes:
         process.join()
-    return time.perf_counter() - begin
+    return samples / (time.perf_counter() - begin), 0.0
 
 
-def seconds(run: Callable[[], Iterable[Any]], samples: int) -> float:
-    begin, seen = time.perf_counter(), 0
+def rate(run: Callable[[], Iterable[Any]], samples: int) -> tuple[float, float]:
+    """Samples a second once WARM_UP samples were there, and the seconds to the first batch."""
+    begin, seen, first, warm_up = time.perf_counter(), 0, 0.0, min(WARM_UP, samples // 4)
+    counted = begin
     for batch in run():
         seen += len(batch)
+        first = first or time.perf_counter() - begin
+        if seen <= warm_up:
+            counted = time.perf_counter()
     assert seen == samples, f"{seen} samples instead of {samples}"
-    return time.perf_counter() - begin
+    return (samples - warm_up) / (time.perf_counter() - counted), first
 
 
 def cpu_seconds() -> float:
@@ -157,30 +166,31 @@ def cpu_seconds() -> float:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def measure(title: str, runs: dict[str, Callable[[], float]], samples: int, repeat: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def measure(title: str, runs: dict[str, Callable[[], tuple[float, float]]], samples: int, repeat: int) -> None:
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     cpu = dict.fromkeys(runs, 0.0)
     for _ in range(repeat):  # in turn, so that a drift of the machine hits all alike
         for name, run in runs.items():
             before = cpu_seconds()
-            times[name].append(run())
+            found[name].append(run())
             gc.collect()  # the loader's workers have ended now
             cpu[name] += cpu_seconds() - before
-    rates = {name: samples / sorted(taken)[len(taken) // 2] for name, taken in times.items()}
-    first = next(iter(rates.values()))
+    medians = {name: sorted(one)[len(one) // 2] for name, one in found.items()}
+    ours_rate = next(iter(medians.values()))[0]
     table = Table(title=title, title_justify="left")
-    for column in ("", "samples/s", "shards.stream / this", "CPU ms a sample"):
+    for column in ("", "samples/s", "shards.stream / this", "first batch, s", "CPU ms a sample"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, rate in rates.items():
-        table.add_row(name, f"{rate:.1f}", f"{first / rate:.2f}", f"{cpu[name] / repeat / samples * 1000:.1f}")
+    for name, (under_way, first) in medians.items():
+        row = f"{under_way:.1f}", f"{ours_rate / under_way:.2f}", f"{first:.2f}" if first else ""
+        table.add_row(name, *row, f"{cpu[name] / repeat / samples * 1000:.1f}")
     Console().print(table)
 
 
-def runs_of(url: str, tars: list[str], samples: int, workers: int) -> dict[str, Callable[[], float]]:
+def runs_of(url: str, tars: list[str], samples: int, workers: int) -> dict[str, Callable[[], tuple[float, float]]]:
     return {
-        "shards.stream": lambda: seconds(lambda: ours(url, samples, workers), samples),
-        "webdataset, maps as values": lambda: seconds(lambda: plain(tars, workers, values_of), samples),
-        "webdataset, maps as codes": lambda: seconds(lambda: plain(tars, workers, codes_of), samples),
+        "shards.stream": lambda: rate(lambda: ours(url, samples, workers), samples),
+        "webdataset, maps as values": lambda: rate(lambda: plain(tars, workers, values_of), samples),
+        "webdataset, maps as codes": lambda: rate(lambda: plain(tars, workers, codes_of), samples),
     }
 
 
