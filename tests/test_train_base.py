@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from extract.world import compose
 from shards.dataset import Dataset
-from shards.errors import UserError
+from shards.errors import UsageError, UserError
 from shards.verify import verify
+from train.__main__ import app
 from train.base import BaseTraining, Pictures, evenly, train_base
 from train.base_networks import make_tokenizer
 from train.truth import TruthSettings, write_truth
@@ -111,3 +113,8 @@ def test_a_base_may_take_the_vae_of_another_and_learn_the_rest_anew(truth: str, 
 def test_a_pretrained_base_that_is_no_pipeline_is_a_sentence(truth: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model_index"):
         train_base(BaseTraining(shards=truth, out=tmp_path / "out", pretrained=tmp_path / "typo"))
+
+
+def test_a_base_takes_its_vae_from_one_pipeline() -> None:
+    found = CliRunner().invoke(app, ["base", "--pretrained", "demo", "--vae", "demo"])
+    assert isinstance(found.exception, UsageError) and "--pretrained brings its own VAE" in str(found.exception)
