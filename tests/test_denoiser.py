@@ -9,12 +9,13 @@ import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from infer.denoiser import JointDenoiser
-from infer.lora import LoraWeights, StreamLinear, read_lora, save_lora
+from infer.lora import METADATA_KEY, LoraWeights, StreamLinear, read_lora, save_lora
 from infer.processor import JointProcessor, self_attention_layers
 from infer.schedules import Drop, Gaussian, Joint, Off, Table
 from shards.errors import UserError
@@ -465,6 +466,8 @@ def test_a_saved_lora_is_one_that_stock_diffusers_loads(tmp_path):
     denoiser = trained(pipeline.unet, alpha=2.0)
     path = tmp_path / "lora.safetensors"
     save_lora(path, denoiser.lora_weights(), "unet")
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) == [METADATA_KEY]  # several are written in any order: the same LoRA in other files
     stock = tiny.sd21_pipeline()
     stock.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="ours")
     layers = [m for m in stock.unet.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
