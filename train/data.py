@@ -241,8 +241,8 @@ class Samples:
     def read_ahead(self, use: Callable[[Sequence[Sample]], None]) -> None:
         """Reads every sample in each of its variants, by config.workers processes, and hands them to `use`, a batch at a time.
 
-        From then on samples are given without pixels, caption apart: for a training on a GPU that learns from latents in its
-        memory, and faster than one process decodes.
+        From then on these samples come without pixels: for a training that learns from latents which it keeps, and faster than
+        one process decodes. One that could not be read is left out, and told when training meets it.
         """
         flips = [flip for flip in (False, True) if (self.config.flip < 1, self.config.flip > 0)[flip]]
         plain = [dataclasses.replace(self.config, flip=float(flip)) for flip in flips]
