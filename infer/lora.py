@@ -128,9 +128,7 @@ def save_lora(path: str | Path, weights: LoraWeights, prefix: str) -> None:
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in weights.tensors})
     described = {"r": weights.rank, "lora_alpha": weights.alpha, "target_modules": modules, "bias": "none"}
     about = json.dumps({f"{prefix}.{k}": v for k, v in described.items()}, sort_keys=True)
-    metadata = {
-        METADATA_KEY: about
-    }  # one entry alone: safetensors writes several in any order, and the file would differ
+    metadata = {METADATA_KEY: about}  # of several entries the order differs from run to run, and so would the file
     tensors = {f"{prefix}.{key}": tensor.detach().cpu().contiguous() for key, tensor in weights.tensors.items()}
     safetensors.torch.save_file(tensors, path, metadata)
 

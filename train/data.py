@@ -208,10 +208,14 @@ class Samples:
         return len(self.stream)
 
     @property
+    def _flips(self) -> set[bool]:
+        """Whether samples are seen as they are, mirrored, or both."""
+        return {self.config.flip > 0, self.config.flip == 1}
+
+    @property
     def in_memory(self) -> bool:
         size = self.config.size_px**2
-        variants = 2 if 0 < self.config.flip < 1 else 1
-        needed = len(self) * variants * size * (3 + 2 * CHANNELS + len(INTRINSICS))
+        needed = len(self) * len(self._flips) * size * (3 + 2 * CHANNELS + len(INTRINSICS))
         return self.caches is None and self.config.crop == "center" and needed <= self.config.memory_gb * 2**30
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,8 +248,7 @@ class Samples:
         From then on these samples come without pixels: for a training that learns from latents which it keeps, and faster than
         one process decodes. One that could not be read is left out, and told when training meets it.
         """
-        flips = [flip for flip in (False, True) if (self.config.flip < 1, self.config.flip > 0)[flip]]
-        plain = [dataclasses.replace(self.config, flip=float(flip)) for flip in flips]
+        plain = [dataclasses.replace(self.config, flip=float(flip)) for flip in self._flips]
         stream = dataclasses.replace(
             self.stream, shuffle=False, transform=partial(_variants, configs=plain, samples=self)
         )

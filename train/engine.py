@@ -147,9 +147,10 @@ def train(
             )
         accelerator.wait_for_everyone()
 
-    def check(taken: tuple[int, Taken, Tensor] | None) -> None:
-        if taken is not None and not torch.isfinite(taken[2]):
-            raise UserError(_not_finite(*taken[:2], accelerator, checkpoints))
+    def check(made: tuple[int, Taken, Tensor] | None) -> None:
+        """Raises UserError unless the gradient of a step that was made (its norm is the last of the three) is finite."""
+        if made is not None and not torch.isfinite(made[2]):
+            raise UserError(_not_finite(*made[:2], accelerator, checkpoints))
 
     def measure(step: int) -> float | None:
         if not main or log is None:
@@ -198,7 +199,7 @@ def train(
             ends = step == loop.steps
             saves = stopped or ends or step % loop.checkpoint_every == 0 or step % loop.validate_every == 0
             if saves:
-                check(unchecked)
+                check(unchecked)  # nothing is kept that came of a loss that is not finite
             score = measure(step) if not stopped and (ends or step % loop.validate_every == 0) else None
             if saves:
                 save(step, score)

@@ -22,14 +22,15 @@ class GraphedNetwork(nn.Module):
         super().__init__()
         if next(network.parameters()).device.type != "cuda":
             raise UserError("CUDA graphs need an NVIDIA GPU: leave lora.cuda_graph off")
-        self.call, self._precision = _Call(network), precision
+        self.network, self._precision = network, precision
         self._graphed: Any = None
 
     def forward(self, noisy: Tensor, timestep: Tensor, return_dict: bool = False, **conditions: Any) -> tuple[Tensor]:
-        """noisy (B, C, h, w), timestep (B,) -> what the network predicts, (B, C or 2C, h, w)."""
-        arguments = (noisy, timestep, conditions)
+        """noisy (B, C, h, w), timestep (B,) -> what the network predicts, (B, C or 2C, h, w); a tuple whatever return_dict."""
         if not torch.is_grad_enabled():
-            return (self.call(*arguments),)
+            plain: tuple[Tensor] = self.network(noisy, timestep=timestep, return_dict=False, **conditions)
+            return plain
+        arguments = (noisy, timestep, conditions)
         if self._graphed is None:
             self._graphed = self._capture(arguments)
         return (self._graphed(*arguments),)
@@ -42,7 +43,7 @@ class GraphedNetwork(nn.Module):
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # weights that autocast had cast once would be kept over the capture, and not be cast again after they learned
         with torch.autocast("cuda", self._precision, self._precision != torch.float32, cache_enabled=False):
-            graphed: Any = torch.cuda.make_graphed_callables(_Call(self.call.network), examples)
+            graphed: Any = torch.cuda.make_graphed_callables(_Call(self.network), examples)
         return graphed.forward  # not the module itself: it would become a part of this one
 
 
