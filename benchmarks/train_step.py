@@ -128,10 +128,11 @@ def our_step(pipeline: Any, batch: Batch, device: str, dtype: torch.dtype, cache
     task = make_task(config, pipeline, widen(pipeline.vae), [], torch.device(device), keep=cached)
     learning = list(task.trainable().values())
     optimiser = torch.optim.AdamW(learning, lr=1e-4, fused=True)
+    positions = [sample.position for sample in batch.samples]
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = task.losses(task.module, batch)["loss"].mean()
+            loss = task.losses(task.module, Batch(batch.samples, task.draw(positions)))["loss"].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimiser.step()

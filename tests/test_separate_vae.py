@@ -29,9 +29,8 @@ from shards.intrinsics import INTRINSICS
 from shards.packing import CHANNELS, SLICES, pack
 from tests import oracle, tiny, tiny_text, training
 from tests.training import config_of
-from train.data import generator_of
 from train.diffusion_loss import stream_loss, target
-from train.lora import DRAWS, draw, load_task, train_lora
+from train.lora import draw, load_task, train_lora
 from train.vae import save_result, train_vae
 
 STREAMS, IMAGES, ROWS = 5, 2, 20  # two guidance halves, five streams, two images
@@ -278,11 +277,11 @@ def test_the_loss_of_the_intrinsics_is_the_mean_of_their_streams(shards: str, tm
     settings = (SEPARATE, "lora.caption_drop=0.0", "lora.intrinsic_weight=0.25", "data.memory_gb=0", "data.workers=0")
     config = config_of(shards, _base(), tmp_path, *settings)
     task, samples = load_task(config, torch.device("cpu"), world=1)
-    batch = next(samples.batches(training.Sampler(batch=2, samples=2)))
+    batch = next(samples.batches(training.Sampler(batch=2, samples=2), task.draw))
     with torch.no_grad():
         terms = task.losses(task.module, batch)
     torch.testing.assert_close(terms["loss"], terms["image"] + 0.25 * terms["intrinsic"])
-    draws = draw(task.config, [generator_of(0, s.position, DRAWS) for s in batch.samples], task.encoder.shape, 1000)
+    draws = batch.drawn
     assert draws.noise.shape[:2] == (STREAMS, 2) and all(torch.equal(t, draws.timesteps[0]) for t in draws.timesteps)
     assert len({float(noise[0, 0, 0, 0]) for noise in draws.noise}) == STREAMS
     clean = task.encoder(batch).sample(draws.posterior)
@@ -317,7 +316,8 @@ def test_gradient_checkpointing_and_a_schedule_in_training_give_gradients(shards
         with torch.no_grad():
             for parameter in task.trainable().values():
                 nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-        task.losses(task.module, next(samples.batches(training.Sampler(batch=2, samples=2))))["loss"].mean().backward()
+        batch = next(samples.batches(training.Sampler(batch=2, samples=2), task.draw))
+        task.losses(task.module, batch)["loss"].mean().backward()
         found[option] = torch.cat([p.grad.flatten() for p in task.trainable().values() if p.grad is not None])
         assert found[option].isfinite().all() and found[option].any()
     plain, checkpointed, *others = found.values()
@@ -327,7 +327,7 @@ def test_gradient_checkpointing_and_a_schedule_in_training_give_gradients(shards
 
 def test_independent_timesteps_are_one_for_the_image_and_one_for_all_intrinsics(shards: str, tmp_path: Path) -> None:
     config = config_of(shards, _base(), tmp_path, SEPARATE, "lora.independent_timesteps=1.0")
-    made = draw(config.lora, [generator_of(0, position, DRAWS) for position in range(4)], (4, 2, 2), 1000).timesteps
+    made = draw(range(4), config=config.lora, seed=0, shape=(4, 2, 2), levels=1000).timesteps
     assert all(torch.equal(row, made[1]) for row in made[2:]) and not torch.equal(made[0], made[1])
 
 

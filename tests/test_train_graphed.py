@@ -54,7 +54,9 @@ def test_what_is_read_ahead_is_what_is_read_in_turn(shards: str, tmp_path: Path)
     other.read_ahead(ahead.encoder.remember)
     for samples, task in ((one, plain), (other, ahead)):
         assert samples.in_memory and task.encoder._keep
-    for mine, theirs in zip(*(s.batches(Sampler(batch=4, samples=40)) for s in (one, other)), strict=True):
+    batches = (s.batches(Sampler(batch=4, samples=40), plain.draw) for s in (one, other))
+    for mine, theirs in zip(*batches, strict=True):
+        assert all(torch.equal(vars(mine.drawn)[name], value) for name, value in vars(theirs.drawn).items())
         assert mine.keys == theirs.keys and [s.caption for s in mine.samples] == [s.caption for s in theirs.samples]
         assert all(sample.image.numel() == 0 for sample in theirs.samples)
         a, b = plain.encoder(mine), ahead.encoder(theirs)
@@ -83,7 +85,7 @@ def test_a_replayed_step_has_the_gradients_of_a_launched_one(precision: str, sha
         found[graph] = []
         for parameter in task.trainable().values():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator("cuda").manual_seed(parameter.numel()))
-        for batch in samples.batches(Sampler(batch=2, samples=6)):
+        for batch in samples.batches(Sampler(batch=2, samples=6), task.draw):
             with torch.autocast("cuda", task.amp, task.amp != torch.float32):
                 loss = task.losses(task.module, batch)["loss"].mean()
             loss.backward()

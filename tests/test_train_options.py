@@ -103,13 +103,14 @@ def test_the_kl_term_asks_each_latent_channel_for_the_mean_and_deviation_that_pi
     held = Samples(config.shards, config.data, config.seed).held_out()
     vae = widen(AutoencoderKL(latent_channels=3, block_out_channels=(32,)))
     wide = torch.tensor([4.0, 1.0, 0.1])[:, None, None]
-    latents = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * wide + 2 * wide
+    latents = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * wide + 2 * wide
     task = VaeTask(config.vae, vae, held, latents, 0, torch.device("cpu"))
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
     with torch.no_grad():  # an encoder that answers so, whatever it is shown
         vae.quant_conv.weight.zero_()
         vae.quant_conv.bias.copy_(torch.cat([mean, 2 * std.log()]))
-        batch = Batch([one.sample for one in held])
+        samples = [one.sample for one in held]
+        batch = Batch(samples, task.draw([sample.position for sample in samples]))
         assert task.losses(task.module, batch)["kl"].abs().max() < 1e-5
         vae.quant_conv.bias.copy_(torch.cat([mean.roll(1), 2 * std.roll(1).log()]))
         assert task.losses(task.module, batch)["kl"].min() > 1

@@ -25,9 +25,9 @@ from tests.training import config_of, die_at_forward, in_processes
 from train.cache_shard import CacheConfig, Models, all_members, cache_shard
 from train.checkpoint import Checkpoint, Checkpoints
 from train.config import TrainConfig, load_train_config, recipe_names
-from train.data import Batch, Samples, generator_of
+from train.data import Batch, Samples
 from train.log import held_out_figures
-from train.lora import DRAWS, draw, load_task, train_lora
+from train.lora import draw, load_task, train_lora
 from train.vae import save_result, train_vae
 
 
@@ -190,15 +190,15 @@ def _task(shards: str, base: str, out: Path, *settings: str) -> tuple[Any, Sampl
     return load_task(config, torch.device("cpu"), world=1)
 
 
-def _batch(samples: Samples) -> Batch:
-    return next(samples.batches(Sampler(batch=2, samples=2)))
+def _batch(task: Any, samples: Samples) -> Batch:
+    return next(samples.batches(Sampler(batch=2, samples=2), task.draw))
 
 
 @pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl", "pixart_alpha"])
 def test_the_loss_is_eq_5(base: str, shards: str, tmp_path: Path) -> None:
     folder = tiny_text.models(base)[0]
     task, samples = _task(shards, folder, tmp_path, "lora.intrinsic_weight=0.25", "lora.caption_drop=0.0")
-    batch = _batch(samples)
+    batch = _batch(task, samples)
     with torch.no_grad():
         for parameter in task.trainable().values():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -207,7 +207,7 @@ def test_the_loss_is_eq_5(base: str, shards: str, tmp_path: Path) -> None:
 
     pipeline, scheduler = task.pipeline, task.pipeline.scheduler
     for b, sample in enumerate(batch.samples):
-        draws = draw(task.config, [generator_of(0, sample.position, DRAWS)], task.encoder.shape, 1000)
+        draws = draw([sample.position], config=task.config, seed=0, shape=task.encoder.shape, levels=1000)
         alone = task.encoder(Batch([sample]))
         t = int(draws.timesteps[0, 0])
         assert int(draws.timesteps[1, 0]) == t and not torch.equal(draws.noise[0], draws.noise[1])
@@ -249,7 +249,7 @@ def test_only_the_lora_learns_and_the_image_term_teaches_it_too(shards: str, tmp
                 torch.nn.init.normal_(parameter, std=0.1)
     frozen = {name for name, p in task.module.named_parameters() if not p.requires_grad}
     assert len(frozen) + len(task.trainable()) == len(list(task.module.parameters()))
-    task.losses(task.module, _batch(samples))["loss"].mean().backward()
+    task.losses(task.module, _batch(task, samples))["loss"].mean().backward()
     assert all(p.grad is None for p in task.module.parameters() if not p.requires_grad)
     through = {name for name, p in task.trainable().items() if p.grad is not None and p.grad.any()}
     assert any("to_k" in name for name in through) and any("to_v" in name for name in through)
@@ -276,7 +276,7 @@ def test_every_option_gives_a_finite_loss_and_gradient_and_all_but_checkpointing
         with torch.no_grad():
             for parameter in task.trainable().values():
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-        loss = task.losses(task.module, _batch(samples))["loss"].mean()
+        loss = task.losses(task.module, _batch(task, samples))["loss"].mean()
         loss.backward()
         loss = loss.detach()
         gradient = torch.cat([p.grad.flatten() for p in task.trainable().values()])
@@ -290,7 +290,7 @@ def test_lora_only_trains_the_intrinsics_alone_and_its_result_fits_the_joint_net
     shards: str, tmp_path: Path
 ) -> None:
     task, samples = _task(shards, tiny_text.models("sd21")[0], tmp_path, "lora.image_stream=false")
-    terms = task.losses(task.module, _batch(samples))
+    terms = task.losses(task.module, _batch(task, samples))
     terms["loss"].mean().backward()
     assert not terms["image"].any() and all(p.grad is not None for p in task.trainable().values())
     weights = task.streams.weights({name: p.detach() for name, p in task.trainable().items()})
@@ -314,13 +314,13 @@ def test_caches_in_the_shards_give_the_loss_that_the_models_give(shards: str, tm
     base = tiny_text.models("sd21")[0]
     settings = ("data.mirror_captions=false", "data.flip=1.0", "data.memory_gb=0", "data.workers=0")
     plain, samples = _task(shards, base, tmp_path, *settings)
-    expected = plain.losses(plain.module, _batch(samples))
+    expected = plain.losses(plain.module, _batch(plain, samples))
     cached_shards = str(tmp_path / "cached")
     _write_caches(
         CacheConfig(shards=shards, out=cached_shards, base=base, vae=str(tmp_path / "vae"), size_px=32, dtype="float32")
     )
     task, samples = _task(cached_shards, base, tmp_path, *settings, "lora.cache=true")
-    batch = _batch(samples)
+    batch = _batch(task, samples)
     assert not batch.samples[0].image.numel()  # nothing was decoded
     found = task.losses(task.module, batch)
     for name, value in expected.items():

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,11 @@ class Averages:
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())
 
+    def draw(self, positions: Sequence[int]) -> list[int]:
+        return list(positions)
+
     def losses(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        assert batch.drawn == [sample.position for sample in batch.samples], "drawn for other samples"
         if self.seen is not None:
             with self.seen.open("a") as file:
                 file.writelines(f"{sample.position} {sample.key}\n" for sample in batch.samples)

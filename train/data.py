@@ -32,6 +32,9 @@ AHEAD = 3
 """Batches that are made while the current one is trained on."""
 READ_TOGETHER = 128
 
+Draw = Callable[[Sequence[int]], Any]
+"""What is drawn at random for the samples at these positions, whatever they are. Loader processes call it, too."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -65,9 +68,13 @@ class Caches:
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. image: float32 (B, 3, S, S) in [-1, 1]; packed: float32 (B, 8, S, S); valid: bool (B, 4, S, S)."""
+    """B samples. image: float32 (B, 3, S, S) in [-1, 1]; packed: float32 (B, 8, S, S); valid: bool (B, 4, S, S).
+
+    drawn: what was drawn for them (Samples.batches).
+    """
 
     samples: Sequence[Sample]
+    drawn: Any = None
 
     @property
     def keys(self) -> list[str]:
@@ -176,6 +183,7 @@ class Samples:
     keep: str | None = None
     caches: Caches | None = None
     _kept: dict[tuple[int, bool, str], Sample] = field(default_factory=dict, repr=False)
+    _is_read: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         share = self.config.held_out
@@ -230,14 +238,18 @@ class Samples:
         """The samples at these positions; a DataLoader calls this."""
         if not self.in_memory:
             return self.stream.__getitems__(positions)
+        return self._remembered(positions, [self._name(position) for position in positions])
+
+    def _remembered(self, positions: Sequence[int], names: Sequence[tuple[int, bool, str]]) -> list[Sample]:
+        """The samples at these positions, which have these names; only what was not seen before is read."""
         found: dict[int, Sample] = {}
-        for position in positions:
-            if (known := self._kept.get(self._name(position))) is not None:
+        for position, name in zip(positions, names, strict=True):
+            if (known := self._kept.get(name)) is not None:
                 found[position] = dataclasses.replace(known, position=position)
-        missing = [position for position in positions if position not in found]
-        for position, sample in zip(missing, self.stream.__getitems__(missing) if missing else [], strict=True):
+        missing = {position: name for position, name in zip(positions, names, strict=True) if position not in found}
+        read = self.stream.__getitems__(list(missing)) if missing else []
+        for (position, name), sample in zip(missing.items(), read, strict=True):
             found[position] = sample
-            name = self._name(position)
             if name[2] == sample.key:  # else it stands in for a corrupt one
                 self._kept[name] = sample
         return [found[position] for position in positions]
@@ -261,6 +273,7 @@ class Samples:
                 bare = dataclasses.replace(sample, image=nothing, packed=nothing, valid=nothing)
                 dataset, flip = sample.variant
                 self._kept[dataset, flip, sample.key] = bare
+        self._is_read = True
 
     def iterate(self, positions: Sequence[int], empty: Empty = np.empty) -> Iterable[Sample]:
         """The same one by one, as they are made. `empty` is for maps that travel; here what is packed of them does."""
@@ -290,17 +303,40 @@ class Samples:
         count = min(self.config.validation, len(self._held_out))
         return self._held_out.__getitems__(range(count))
 
-    def batches(self, sampler: Sampler) -> Iterator[Batch]:
-        """The batches of one rank from sampler.consumed on, made ahead by a thread or by loader processes."""
-        if self.config.workers and not self.in_memory:
-            own = dataclasses.replace(sampler)  # the loader counts what it hands out, training what it has learned from
-            yield from map(Batch, StreamLoader(self, own, num_workers=self.config.workers, prefetch_factor=AHEAD))
-            return
-        with ThreadPoolExecutor(1) as pool:
-            ahead = []
-            for positions in sampler:
-                ahead.append(pool.submit(self.__getitems__, positions))
-                if len(ahead) > AHEAD:
-                    yield Batch(ahead.pop(0).result())
-            for batch in ahead:
-                yield Batch(batch.result())
+    def batches(self, sampler: Sampler, draw: Draw | None = None) -> Iterator[Batch]:
+        """The batches of one rank from sampler.consumed on, made ahead by a thread or by loader processes, with what `draw`
+        draws for them. A GPU that learns from latents is faster than a process that draws: with what was read ahead, loader
+        processes draw."""
+        draw = draw or _nothing
+        own = dataclasses.replace(sampler)  # a loader counts what it hands out, training what it has learned from
+        options: dict[str, Any] = {"num_workers": self.config.workers, "prefetch_factor": AHEAD}
+        if self.config.workers and self._is_read:
+            for [(positions, names, drawn)] in StreamLoader(_Planned(self, draw), own, **options):
+                yield Batch(self._remembered(positions, names), drawn)
+        elif self.config.workers and not self.in_memory:
+            for samples in StreamLoader(self, own, **options):
+                yield Batch(samples, draw([sample.position for sample in samples]))
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                ahead = []
+                for positions in sampler:
+                    ahead.append(pool.submit(lambda at: Batch(self.__getitems__(at), draw(at)), positions))
+                    if len(ahead) > AHEAD:
+                        yield ahead.pop(0).result()
+                for batch in ahead:
+                    yield batch.result()
+
+
+def _nothing(positions: Sequence[int]) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What of a batch can be had without its samples: one item, its positions, their names, and what is drawn for them."""
+
+    samples: Samples
+    draw: Draw
+
+    def iterate(self, positions: Sequence[int], empty: Empty = np.empty) -> Iterator[Any]:
+        yield positions, [self.samples._name(position) for position in positions], self.draw(positions)

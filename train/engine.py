@@ -24,7 +24,7 @@ from shards.errors import UserError
 from shards.order import Sampler
 from train.checkpoint import Checkpoint, Checkpoints, optimiser_tensors, restore_optimiser
 from train.config import LoopConfig
-from train.data import Batch, Samples
+from train.data import Batch, Draw, Samples
 from train.log import Log, held_out_figures
 
 
@@ -51,10 +51,15 @@ class Task(Protocol):
         """What several processes share: its parameters that need a gradient are trained."""
         ...
 
+    @property
+    def draw(self) -> Draw:
+        """All that is random in the losses of the samples at some positions."""
+        ...
+
     def trainable(self) -> dict[str, nn.Parameter]: ...
 
     def losses(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Terms of the loss by name, each (B,); "loss" is the one that is minimised."""
+        """Terms of the loss by name, each (B,); "loss" is the one that is minimised. batch: with what was drawn for it."""
         ...
 
     def validate(self, sheets: int) -> Validation:
@@ -164,7 +169,7 @@ def train(
     with _progress(task.name, loop.steps, first_step, shown=main) as progress, stop:
         if first_step == 0 and loop.steps:
             measure(0)
-        batches = samples.batches(sampler)
+        batches = samples.batches(sampler, task.draw)
         step, unchecked = first_step, None
         while step < loop.steps:
             torch.manual_seed(seed * 1_000_003 + step * world + accelerator.process_index)  # for dropout, if any

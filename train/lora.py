@@ -9,6 +9,7 @@ the intrinsic term is the mean of theirs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,20 @@ class Draws:
         return Draws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
-def draw(config: LoraConfig, generators: Sequence[torch.Generator], shape: tuple[int, int, int], levels: int) -> Draws:
+def draw(
+    positions: Sequence[int],
+    *,
+    config: LoraConfig,
+    seed: int,
+    shape: tuple[int, int, int],
+    levels: int,
+    purpose: int = DRAWS,
+) -> Draws:
     """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
     streams = config.streams
     times, captions, normals, offsets, alike = [], [], [], [], []
-    for g in generators:  # this runs for every sample of every step: as few calls as can be
+    for position in positions:  # this runs for every sample of every step: as few calls as can be
+        g = generator_of(seed, position, purpose)
         times.append(torch.randint(levels, (2,), generator=g))
         captions.append(torch.rand((), generator=g))
         normals.append(torch.randn((2, streams, *shape), generator=g))  # noise and posterior of all streams
@@ -99,6 +109,8 @@ class LoraTask:
         self.levels = signal_levels(self.pipeline).to(self.device)
         self.prediction = prediction_type_of(self.pipeline)
         self.nothing = encode_nothing(self.pipeline)
+        shape, levels = self.encoder.shape, len(self.levels)
+        self.draw = partial(draw, config=self.config, seed=self.seed, shape=shape, levels=levels)
         if self.config.loop.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
         if self.config.loop.compile:
@@ -111,12 +123,7 @@ class LoraTask:
 
     def losses(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """image, intrinsic (unweighted) and "loss" of eq. 5, each (B,)."""
-        generators = [generator_of(self.seed, sample.position, DRAWS) for sample in batch.samples]
-        return self._eq5(module, batch, draw(self.config, generators, self.encoder.shape, len(self.levels)))
-
-    def _eq5(self, module: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        encoded = self.encoder(batch)
-        draws = draws.to(self.device)
+        encoded, draws = self.encoder(batch), batch.drawn.to(self.device)
         clean = encoded.sample(draws.posterior)  # (S, B, C, h, w)
         levels = self.levels[draws.timesteps]  # (S, B)
         noisy, wanted = [], []
@@ -159,13 +166,7 @@ class LoraTask:
         count = len(self.held) * REPEATS
         for start in range(0, count, self.config.loop.batch):
             numbers = range(start, min(start + self.config.loop.batch, count))
-            batch = Batch([self.held[number // REPEATS] for number in numbers])
-            draws = draw(
-                self.config,
-                [generator_of(self.seed, number, MEASURE) for number in numbers],
-                self.encoder.shape,
-                len(self.levels),
-            )
+            draws = self.draw(numbers, purpose=MEASURE)
             places = torch.tensor(
                 [(number % REPEATS + (number // REPEATS + 0.5) / len(self.held)) for number in numbers]
             )
@@ -173,8 +174,9 @@ class LoraTask:
             draws = Draws(
                 spread.expand_as(draws.timesteps), draws.noise, draws.posterior, torch.ones_like(draws.captioned)
             )
+            batch = Batch([self.held[number // REPEATS] for number in numbers], draws)
             with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
-                for name, value in self._eq5(self.module, batch, draws).items():
+                for name, value in self.losses(self.module, batch).items():
                     totals.setdefault(name, []).append(value.float().cpu())
         means = {name: float(torch.cat(values).mean()) for name, values in totals.items()}
         score = means.pop("loss")

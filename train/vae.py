@@ -7,6 +7,7 @@ loss then asks for the intrinsics that were given (ours; `vae.missing` asks for 
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,16 @@ class Autoencoder(nn.Module):
         return made.float(), mean, logvar
 
 
+def draw(positions: Sequence[int], *, drop: float, seed: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """For B samples which intrinsics are given, bool (B, 4), and the posterior's noise, float32 (B, C, h, w)."""
+    generators = [generator_of(seed, position, DRAWS) for position in positions]
+    given = torch.stack([torch.rand(len(INTRINSICS), generator=g) >= drop for g in generators])
+    return given, torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+
+
 @dataclasses.dataclass
 class VaeTask:
-    """What the engine trains in stage 1. image_latents: the base's, of pictures, unscaled, (N, C, h, w)."""
+    """What the engine trains in stage 1. image_latents: the base's, of pictures as large as the samples, unscaled, (N, C, h, w)."""
 
     config: VaeConfig
     vae: AutoencoderKL
@@ -73,11 +81,10 @@ class VaeTask:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.loop.compile:
             self.module.compile()
-        scaling: Any = self.vae.config
         std, self._prior_mean = torch.std_mean(self.image_latents, dim=(0, 2, 3), keepdim=True)
         self._prior_std = std.clamp(min=_LEAST_STD * float(std.mean()))
         self._weights = {name: float(getattr(self.config, name)) for name in INTRINSICS}
-        self._factor = 2 ** (len(scaling["block_out_channels"]) - 1)
+        self.draw = partial(draw, drop=self.config.drop, seed=self.seed, shape=self.image_latents.shape[1:])
         self._lpips = None if not self.config.lpips else _perceptual(self.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -86,12 +93,7 @@ class VaeTask:
     def losses(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """depth, normal, segmentation, line, kl and their weighted sum, each (B,)."""
         x, valid = batch.packed().to(self.device), batch.valid().to(self.device)
-        size = x.shape[-1] // self._factor
-        draws = [generator_of(self.seed, sample.position, DRAWS) for sample in batch.samples]
-        given = torch.stack([torch.rand(len(INTRINSICS), generator=g) >= self.config.drop for g in draws])
-        shape = (self.vae.config["latent_channels"], size, size)
-        noise = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(self.device)
-        given = given.to(self.device)
+        given, noise = (drawn.to(self.device) for drawn in batch.drawn)
         shown = x * channels_of(given)[..., None, None]
         if self.config.loop.channels_last:
             shown = shown.contiguous(memory_format=torch.channels_last)
