@@ -28,6 +28,9 @@ from shards.marks import digest
 from shards.storage import Folder
 
 BASE = "base"
+APART = 1000
+"""How far the seeds of two prompts that follow each other are apart: image n of prompt i has seed + n + 1000 i. Noise makes
+some layouts easy, others hard; were it the same for all prompts, a table would tell of a few noises, with the intervals of many."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -73,7 +76,8 @@ def _method(name: str) -> Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How images are drawn. seeds: seed .. seed + seeds - 1 for every prompt; maps are kept for the first `map_seeds`."""
+    """How images are drawn. seeds: images of every prompt, `seed` that of the first (APART says those of the others); maps
+    are kept for the first `map_seeds`."""
 
     base: str = "demo"
     run: str = "demo"
@@ -94,11 +98,14 @@ class Drawing:
             raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         if min(self.steps, self.seeds, self.batch) < 1 or self.map_seeds < 0:
             raise UsageError("--steps, --seeds and --batch are 1 or more, --map-seeds 0 or more")
+        if self.seeds > APART:
+            raise UsageError(f"--seeds {self.seeds}: {APART} is the most")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some prompts with one seed by one method: one file. first: the number of its first prompt in the set."""
+    """One image of each of some prompts by one method: one file. first: the number of its first prompt in the set. seed:
+    what the seed of that number 0 would be."""
 
     method: Method
     seed: int
@@ -106,6 +113,10 @@ class Block:
     prompts: tuple[str, ...]
     maps: bool
     file: str
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.seed + APART * (self.first + i) for i in range(len(self.prompts))]
 
 
 class Studio:
@@ -118,7 +129,7 @@ class Studio:
         resolve(drawing.base, "base")
 
     def blocks(self, methods: Sequence[Method], prompts: Sequence[str]) -> list[Block]:
-        """All blocks, seed by seed. Raises UserError for a schedule that there is not."""
+        """All blocks, the first image of every prompt first. Raises UserError for a schedule that there is not."""
         drawing = self.drawing
         decisive = {k: v for k, v in asdict(drawing).items() if k not in _INDIFFERENT}
         decisive |= {"run": maker(self._manifest)["id"]}
@@ -130,7 +141,7 @@ class Studio:
                     part = tuple(prompts[first : first + drawing.batch])
                     seed, maps = drawing.seed + number, method.makes_maps and number < drawing.map_seeds
                     about = decisive | {"schedule": schedules[method], "times_steps": method.times_steps}
-                    about |= {"seed": seed, "prompts": list(part), "maps": maps}
+                    about |= {"seed": seed, "first": first, "apart": APART, "prompts": list(part), "maps": maps}
                     name = f"s{seed}-{first // drawing.batch:04d}-{digest(about)[:8]}"
                     found.append(Block(method, seed, first, part, maps, f"images/{method.slug}/{name}.npz"))
         return found
@@ -148,7 +159,7 @@ class Studio:
         drawing, generator = self.drawing, self._generator
         made = generator(
             list(block.prompts),
-            seeds=[block.seed] * len(block.prompts),
+            seeds=block.seeds,
             steps=drawing.steps * block.method.times_steps,
             guidance=drawing.guidance,
             size=drawing.size,
