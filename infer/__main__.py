@@ -217,7 +217,9 @@ def evaluate(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images per prompt and method.")] = 3,
     map_seeds: Annotated[int, typer.Option(min=0, help="For how many of the seeds the maps are made, too.")] = 1,
-    seed: Annotated[int, typer.Option(help="The first prompt's first seed; those of the next ones are 1000 apart.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The first prompt's first seed; those of the next ones are 1000 apart.")
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
     scheduler: Annotated[str | None, typer.Option(help="As of sample.", show_default="the base's own")] = None,

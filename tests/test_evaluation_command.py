@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
 from infer.__main__ import app
+from infer.sampler import CoGenerator
 from shards.errors import UserError
 from tests import tiny_text
 
@@ -68,6 +70,29 @@ def test_demo_captions_give_a_table_with_every_method_beside_real_renderings(mod
 
     other = evaluate(models, tmp_path, *asked, "--guidance", "2", "--methods", "base")
     assert "6 images made" in other  # nothing of other settings is taken for its own
+
+
+def test_every_prompt_has_noise_of_its_own_whatever_the_batches_and_the_sampler_draws_the_same_of_its_seed(
+    models, tmp_path
+):
+    prompts = tmp_path / "same.txt"
+    prompts.write_text("\n".join(f"a ball {i}" for i in range(5)))
+    drawn = {}
+    for batch in ("2", "5"):
+        out = tmp_path / batch
+        asked = ["--prompts", str(prompts), "--seeds", "2", "--seed", "7", "--methods", "base", "--estimators", "none"]
+        evaluate(models, out, *asked, "--batch", batch)
+        assert (out / "sheet.png").exists()  # though nothing measures these prompts
+        for number in range(2):  # files of a seed, in the order of their prompts
+            files = sorted((out / "images" / "base").glob(f"s{7 + number}-*.npz"))
+            drawn[batch, number] = np.concatenate([np.load(file)["image"] for file in files]).astype(int)
+    for number in range(2):  # but for rounding, which is a batch's
+        assert abs(drawn["2", number] - drawn["5", number]).max() <= 1 and len(drawn["2", number]) == 5
+    values = dict(zip(models[::2], models[1::2], strict=True))
+    with CoGenerator.from_pretrained(values["--base"], values["--run"], device="cpu") as generator:
+        seeds = [7 + 1 + 3 * 1000, 7 + 1]
+        own, another = generator("a ball 3", seeds=seeds, steps=2, size=64, schedule="off").images
+    assert abs(np.asarray(own) - drawn["2", 1][3]).max() <= 1 < abs(np.asarray(another) - drawn["2", 1][3]).max()
 
 
 def test_the_base_of_a_schedule_that_is_off_is_the_base(models, tmp_path):

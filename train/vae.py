@@ -63,7 +63,7 @@ def draw(positions: Sequence[int], *, drop: float, seed: int, shape: Sequence[in
 
 @dataclasses.dataclass
 class VaeTask:
-    """What the engine trains in stage 1. image_latents: the base's, of pictures as large as the samples, unscaled, (N, C, h, w)."""
+    """What the engine trains in stage 1. image_latents: the base's, of pictures as large, (N, C, h, w), unscaled."""
 
     config: VaeConfig
     vae: AutoencoderKL

@@ -30,7 +30,8 @@ from shards.storage import Folder
 BASE = "base"
 APART = 1000
 """How far the seeds of two prompts that follow each other are apart: image n of prompt i has seed + n + 1000 i. Noise makes
-some layouts easy, others hard; were it the same for all prompts, a table would tell of a few noises, with the intervals of many."""
+some layouts easy and others hard: were it the same for all prompts, a table would tell of a few noises, with the intervals of
+many."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -115,8 +116,13 @@ class Block:
     file: str
 
     @property
+    def numbers(self) -> range:
+        """Of its prompts in the set."""
+        return range(self.first, self.first + len(self.prompts))
+
+    @property
     def seeds(self) -> list[int]:
-        return [self.seed + APART * (self.first + i) for i in range(len(self.prompts))]
+        return [self.seed + APART * number for number in self.numbers]
 
 
 class Studio:

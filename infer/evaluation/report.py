@@ -48,17 +48,15 @@ class Row:
     against_base: dict[str, Estimate] = field(default_factory=dict)
 
 
-def join(name: str, blocks: Sequence[tuple[int, Arrays]]) -> Scored:
-    """Blocks of (number of the first prompt, scores) as one; a measure that a block lacks is NaN there."""
-    counts = [len(next(iter(arrays.values()))) for _, arrays in blocks]
-    prompt = np.concatenate([np.arange(first, first + n) for (first, _), n in zip(blocks, counts, strict=True)])
+def join(name: str, blocks: Sequence[tuple[range, Arrays]]) -> Scored:
+    """Blocks of (numbers of their prompts, scores) as one; a measure that a block lacks is NaN there."""
+    prompt = np.concatenate([np.array(numbers) for numbers, _ in blocks])
     keys = sorted({key for _, arrays in blocks for key in arrays})
     scores = {}
     for key in keys:
         like = next(arrays[key] for _, arrays in blocks if key in arrays)
         parts = [
-            arrays.get(key, np.full((n, *like.shape[1:]), np.nan, np.float32))
-            for (_, arrays), n in zip(blocks, counts, strict=True)
+            arrays.get(key, np.full((len(numbers), *like.shape[1:]), np.nan, np.float32)) for numbers, arrays in blocks
         ]
         scores[key] = np.concatenate(parts)
     return Scored(name, prompt, scores)

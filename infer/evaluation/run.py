@@ -138,7 +138,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
 
 def _measured(folder: Folder, blocks: Sequence[Block], scorer: Scorer, advance: Callable[[int], None]) -> list[Scored]:
     """The scores of all blocks, joined by method in the order in which they come; what is there is read."""
-    by_method: dict[str, list[tuple[int, Arrays]]] = {}
+    by_method: dict[str, list[tuple[range, Arrays]]] = {}
     made_by = scorer.fingerprint()
     for block in blocks:
         name = f"{block.file.replace('images/', 'scores/', 1).removesuffix('.npz')}-{made_by}.npz"
@@ -148,7 +148,7 @@ def _measured(folder: Folder, blocks: Sequence[Block], scorer: Scorer, advance: 
             scores = scorer(read_arrays(folder, block.file), block.prompts)
             folder.make(name.rpartition("/")[0])
             write_arrays(folder, name, scores)
-        by_method.setdefault(block.method.name, []).append((block.first, scores))
+        by_method.setdefault(block.method.name, []).append((block.numbers, scores))
         advance(len(block.prompts))
     return [join(name, parts) for name, parts in by_method.items()]
 
