@@ -210,7 +210,8 @@ def evaluate(
     ] = None,
     captions: Annotated[int, typer.Option(min=2, help="How many prompts of the set.")] = 1000,
     set_: Annotated[
-        str | None, typer.Option("--set", help="demo, multi, parti.", show_default="demo, or the file of --prompts")
+        str | None,
+        typer.Option("--set", help="demo, depth, multi, parti.", show_default="demo, or the file of --prompts"),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file, one prompt a line; for parti, PartiPrompts.tsv.")

@@ -127,7 +127,7 @@ def test_a_search_runs_the_grid_beside_the_base(models, tmp_path):
     [
         (["--methods", "base,magic"], "magic"),
         (["--set", "parti"], "PartiPrompts.tsv"),
-        (["--set", "coco"], "demo, multi, parti"),
+        (["--set", "coco"], "demo, depth, multi, parti"),
         (["--clip", "/nowhere"], "/nowhere"),
         (["--detector", "/nowhere"], "/nowhere"),
         (["--estimators", "magic"], "magic"),

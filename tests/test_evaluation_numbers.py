@@ -11,8 +11,17 @@ from infer.evaluation import compare
 from infer.evaluation.agreement import agreement, resized
 from infer.evaluation.fidelity import Standard, cmmd, fid, kernels
 from infer.evaluation.generate import maps_of, parse_methods
+from infer.evaluation.grammar import parse
 from infer.evaluation.run import search_methods
-from infer.evaluation.sets import demo_captions, multi_prompts, place_words, prompt_set, read_names
+from infer.evaluation.sets import (
+    UNSEEN,
+    demo_captions,
+    depth_captions,
+    multi_prompts,
+    place_words,
+    prompt_set,
+    read_names,
+)
 from shards.display import depth_picture
 from shards.errors import UsageError
 from shards.intrinsics import IntrinsicMap
@@ -155,7 +164,7 @@ def test_own_prompts_come_from_a_file_once_each(tmp_path):
     assert prompt_set("file", 10, file).prompts == ("a dog", "a cat")
     with pytest.raises(UsageError, match="no prompts"):
         prompt_set("file", 10, _written(file, "\n"))
-    with pytest.raises(UsageError, match="demo, multi, parti"):
+    with pytest.raises(UsageError, match="demo, depth, multi, parti"):
         prompt_set("coco", 10)
 
 
@@ -163,6 +172,14 @@ def test_demo_captions_are_all_different_and_in_the_grammar():
     made = demo_captions(12)
     assert len(set(made.prompts)) == 12 and made.in_grammar
     assert demo_captions(5).prompts == made.prompts[:5]
+
+
+def test_depth_captions_say_what_is_behind_or_in_front_and_none_is_among_the_demo_ones_before_them():
+    made = depth_captions(4, after=20)
+    assert len(set(made.prompts)) == 4 and not set(made.prompts) & set(demo_captions(20).prompts)
+    for prompt, scene in zip(made.prompts, made.scenes, strict=True):
+        assert {stated.relation for stated in parse(prompt).relations} & {"behind", "in front of"}
+        assert compose(UNSEEN, scene).caption == prompt
 
 
 def test_methods_keep_the_settings_of_their_schedule():

@@ -1,18 +1,22 @@
 """Sets of prompts: captions of unseen demo scenes, Parti's, the paper's Multi, or one's own file."""
 
 import csv
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from extract.world import compose
-from infer.evaluation.grammar import is_caption
+from infer.evaluation.grammar import is_caption, parse
 from shards.errors import UsageError
 
 DATA = Path(__file__).with_name("data")
 UNSEEN = 606
 """The world's seed of the evaluated captions; nothing embedded learned from it (they have 1 and 100)."""
+DEMO = 1000
+"""So many captions of the set demo have none in common with the set depth."""
 MULTI_CLASSES = (3, 5)
 """How many classes a Multi prompt names, from .. to."""
 
@@ -32,16 +36,20 @@ class PromptSet:
 
 
 def prompt_set(name: str, count: int, file: Path | None = None) -> PromptSet:
-    """The first `count` prompts of a set: demo, multi, parti (file: PartiPrompts.tsv) or file (one prompt a line).
+    """The first `count` prompts of a set: demo, depth, multi, parti (file: PartiPrompts.tsv) or file (one prompt a line).
 
     Raises UsageError for an unknown set, a missing file, or a file without prompts.
     """
     if name == "demo":
         return demo_captions(count)
+    if name == "depth":
+        return depth_captions(count)
     if name == "multi":
         return PromptSet("multi", tuple(multi_prompts(count)))
     if name not in ("parti", "file"):
-        raise UsageError(f"there is no prompt set {name!r}; the sets are demo, multi, parti, or a file with --prompts")
+        raise UsageError(
+            f"there is no prompt set {name!r}; the sets are demo, depth, multi, parti, or a file with --prompts"
+        )
     if file is None:
         raise UsageError(
             "the set parti is read from PartiPrompts.tsv of github.com/google-research/parti; pass it with --prompts"
@@ -62,14 +70,32 @@ def demo_captions(count: int) -> PromptSet:
 
     They are what `python -m train base` learns from; any other caption can be asked for with --prompts.
     """
-    found: dict[str, int] = {}
-    index = 0
-    while len(found) < count:
+    return _of_scenes("demo", itertools.islice(_unseen(), count))
+
+
+def depth_captions(count: int, after: int = DEMO) -> PromptSet:
+    """The first `count` that say what is behind or in front of what, none of them among the first `after` of demo."""
+    told = (
+        (caption, scene)
+        for caption, scene in itertools.islice(_unseen(), after, None)
+        if any(stated.relation in ("behind", "in front of") for stated in parse(caption).relations)
+    )
+    return _of_scenes("depth", itertools.islice(told, count))
+
+
+def _unseen() -> Iterator[tuple[str, int]]:
+    """Different captions of unseen scenes that name all that is there, with the scenes' numbers; endless."""
+    known = set[str]()
+    for index in itertools.count():
         scene = compose(UNSEEN, index)
-        if len(scene.mentioned) == len(scene.things):
-            found.setdefault(scene.caption, index)
-        index += 1
-    return PromptSet("demo", tuple(found), tuple(found.values()))
+        if len(scene.mentioned) == len(scene.things) and scene.caption not in known:
+            known.add(scene.caption)
+            yield scene.caption, index
+
+
+def _of_scenes(name: str, found: Iterable[tuple[str, int]]) -> PromptSet:
+    captions, scenes = zip(*found, strict=True)
+    return PromptSet(name, captions, scenes)
 
 
 def multi_prompts(count: int, seed: int = 0) -> list[str]:
