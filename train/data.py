@@ -147,6 +147,10 @@ def _variants(item: Item, rng: np.random.Generator, configs: Sequence[DataConfig
     return [_to_tensors(item, rng, config, samples._dataset(item.position))[0] for config in configs]
 
 
+def _nothing(positions: Sequence[int]) -> None:
+    return None
+
+
 def _from_caches(item: Item, rng: np.random.Generator, config: DataConfig, caches: Caches, dataset: int = 0) -> Sample:
     """A sample of which nothing has to be decoded."""
     flip, nothing = bool(rng.random() < config.flip), torch.empty(0)
@@ -303,11 +307,10 @@ class Samples:
         count = min(self.config.validation, len(self._held_out))
         return self._held_out.__getitems__(range(count))
 
-    def batches(self, sampler: Sampler, draw: Draw | None = None) -> Iterator[Batch]:
+    def batches(self, sampler: Sampler, draw: Draw = _nothing) -> Iterator[Batch]:
         """The batches of one rank from sampler.consumed on, made ahead by a thread or by loader processes, with what `draw`
         draws for them. A GPU that learns from latents is faster than a process that draws: with what was read ahead, loader
         processes draw."""
-        draw = draw or _nothing
         own = dataclasses.replace(sampler)  # a loader counts what it hands out, training what it has learned from
         options: dict[str, Any] = {"num_workers": self.config.workers, "prefetch_factor": AHEAD}
         if self.config.workers and self._is_read:
@@ -325,10 +328,6 @@ class Samples:
                         yield ahead.pop(0).result()
                 for batch in ahead:
                     yield batch.result()
-
-
-def _nothing(positions: Sequence[int]) -> None:
-    return None
 
 
 @dataclass(frozen=True)

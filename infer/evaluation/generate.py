@@ -105,8 +105,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Block:
-    """One image of each of some prompts by one method: one file. first: the number of its first prompt in the set. seed:
-    what the seed of that number 0 would be."""
+    """One image of each of some prompts by one method: one file. first: the number of its first prompt in the set. seed: that
+    of the set's first prompt, from which `seeds` counts."""
 
     method: Method
     seed: int

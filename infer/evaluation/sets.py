@@ -15,8 +15,8 @@ from shards.errors import UsageError
 DATA = Path(__file__).with_name("data")
 UNSEEN = 606
 """The world's seed of the evaluated captions; nothing embedded learned from it (they have 1 and 100)."""
-DEMO = 1000
-"""So many captions of the set demo have none in common with the set depth."""
+DEMO_CAPTIONS = 1000
+"""How many of the set demo are evaluated as a rule: none of them is in the set depth."""
 MULTI_CLASSES = (3, 5)
 """How many classes a Multi prompt names, from .. to."""
 
@@ -73,7 +73,7 @@ def demo_captions(count: int) -> PromptSet:
     return _of_scenes("demo", itertools.islice(_unseen(), count))
 
 
-def depth_captions(count: int, after: int = DEMO) -> PromptSet:
+def depth_captions(count: int, after: int = DEMO_CAPTIONS) -> PromptSet:
     """The first `count` that say what is behind or in front of what, none of them among the first `after` of demo."""
     told = (
         (caption, scene)
