@@ -118,3 +118,13 @@ def test_a_pretrained_base_that_is_no_pipeline_is_a_sentence(truth: str, tmp_pat
 def test_a_base_takes_its_vae_from_one_pipeline() -> None:
     found = CliRunner().invoke(app, ["base", "--pretrained", "demo", "--vae", "demo"])
     assert isinstance(found.exception, UsageError) and "--pretrained brings its own VAE" in str(found.exception)
+
+
+def test_a_compiled_network_is_saved_as_the_same_pipeline(truth: str, tmp_path: Path) -> None:
+    """Compiling itself takes minutes; here torch runs the network that is to be compiled as it is, so bits must be equal."""
+    sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1, "steps": 2}
+    plain = train_base(BaseTraining(out=tmp_path / "plain", **sizes))
+    with torch.compiler.set_stance("force_eager"):
+        fused = train_base(BaseTraining(out=tmp_path / "fused", compile=True, **sizes))
+    one, other = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (plain, fused))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infer.denoiser import JointDenoiser
 from infer.sampler import CoGenerator
@@ -152,6 +153,20 @@ def test_stage_two_goes_on_from_the_lora_of_a_run_and_refuses_one_that_does_not_
         train_lora(_starting(shards, "", tmp_path, "lora.loop.steps=1"))
     with pytest.raises(UserError, match="not a finished run folder"):
         train_lora(_starting(shards, tmp_path / "typo", tmp_path))
+
+
+def test_a_run_of_a_base_that_was_fine_tuned_since_is_learned_on_from_only_when_that_is_said(
+    shards: str, trained: Path, tmp_path: Path
+) -> None:
+    tuned = shutil.copytree(tiny_text.models("sd21")[0], tmp_path / "tuned")
+    (file,) = (tuned / "unet").glob("*.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    shutil.copytree(trained / "vae", tmp_path / "run" / "vae")
+    config = _starting(shards, trained, tmp_path / "run", "lora.loop.steps=1")
+    config = dataclasses.replace(config, base=str(tuned))
+    with pytest.raises(UserError, match=r"cannot start from .*\(--other-weights\)"):
+        train_lora(config)
+    assert train_lora(dataclasses.replace(config, other_weights=True)).finished
 
 
 def test_a_full_disk_at_the_end_of_stage_one_is_a_sentence_and_the_vae_before_stays(

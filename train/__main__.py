@@ -49,6 +49,10 @@ def base(
     batch: Annotated[int, typer.Option(min=1, help="Pictures of such a step.")] = 32,
     rate: Annotated[float, typer.Option(help="Its learning rate.")] = 4e-4,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="On a CPU: fuse the U-Net's kernels; needs a C++ compiler, and minutes first."),
+    ] = False,
     debug: cli.DebugOption = False,
 ) -> None:
     """Trains the embedded base on the demo world: a Stable Diffusion pipeline of 64 px.
@@ -62,7 +66,7 @@ def base(
         raise UsageError("--pretrained brings its own VAE: leave --vae out")
     begin, keep = (Path(resolve(given, "base")) if given else None for given in (pretrained, vae))
     amount: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "save_every": save_every}
-    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, **amount))
+    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, compile=compile, **amount))
     print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
 
 
@@ -120,6 +124,9 @@ Start = Annotated[
         help="Learn on from this run of the same base; demo is the embedded one.", show_default="the recipe's"
     ),
 ]
+OtherWeights = Annotated[
+    bool, typer.Option("--other-weights", help="--start may be of another model of the base's architecture.")
+]
 Recipe = Annotated[str, typer.Option(help="demo, sd21-paper, sdxl, pixart-alpha, or a .toml of your own.")]
 Settings = Annotated[
     list[str] | None,
@@ -133,6 +140,7 @@ def vae(
     base: Base = None,
     out: Out = None,
     start: Start = None,
+    other_weights: OtherWeights = False,
     recipe: Recipe = "demo",
     settings: Settings = None,
     debug: cli.DebugOption = False,
@@ -141,7 +149,7 @@ def vae(
 
     Next: `python -m train lora` with the same options.
     """
-    _train(("vae",), shards, base, out, start, recipe, settings)
+    _train(("vae",), shards, base, out, start, other_weights, recipe, settings)
 
 
 @app.command()
@@ -150,6 +158,7 @@ def lora(
     base: Base = None,
     out: Out = None,
     start: Start = None,
+    other_weights: OtherWeights = False,
     recipe: Recipe = "demo",
     settings: Settings = None,
     debug: cli.DebugOption = False,
@@ -158,7 +167,7 @@ def lora(
 
     Next: `python -m infer sample --base BASE --run OUT --prompt "..."`.
     """
-    _train(("lora",), shards, base, out, start, recipe, settings)
+    _train(("lora",), shards, base, out, start, other_weights, recipe, settings)
 
 
 @app.command()
@@ -167,12 +176,13 @@ def both(
     base: Base = None,
     out: Out = None,
     start: Start = None,
+    other_weights: OtherWeights = False,
     recipe: Recipe = "demo",
     settings: Settings = None,
     debug: cli.DebugOption = False,
 ) -> None:
     """Stage 1, then stage 2: what `make train` runs. The same command again continues."""
-    _train(("vae", "lora"), shards, base, out, start, recipe, settings)
+    _train(("vae", "lora"), shards, base, out, start, other_weights, recipe, settings)
 
 
 @app.command()
@@ -224,13 +234,15 @@ def _train(
     base: str | None,
     out: str | None,
     start: str | None,
+    other_weights: bool,
     recipe: str,
     settings: list[str] | None,
 ) -> None:
     from train.config import load_train_config
     from train.stages import run_stages
 
-    config = load_train_config(recipe, base=base, shards=shards, out=out, start=start, settings=settings or ())
+    given: dict[str, Any] = {"base": base, "shards": shards, "out": out, "start": start, "other_weights": other_weights}
+    config = load_train_config(recipe, **given, settings=settings or ())
     run_stages(config, stages)
 
 

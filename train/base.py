@@ -69,7 +69,8 @@ class BaseTraining:
     held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
     them. timesteps: the beta distribution, in 0..1, of those that the U-Net learns at: where things are, and of what shape, is
     decided between 0.35 and 0.9; near 0, where much of a uniform draw's loss is, only their grain.
-    dropout: the share of captions that are left empty.
+    dropout: the share of captions that are left empty. compile: the U-Net by torch.compile, on a CPU only (a GPU replays its
+    kernels as CUDA graphs).
     """
 
     shards: str
@@ -91,6 +92,7 @@ class BaseTraining:
     warmup: int = 100
     cooldown: float = 0.25
     save_every: int = 100
+    compile: bool = False
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -304,6 +306,8 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     net = nn.ModuleDict({"unet": unet, "text": text}).to(device)
     graph = device.type == "cuda" and not dist.is_initialized()
     denoise = GraphedNetwork(unet, torch.bfloat16) if graph else unet
+    if config.compile and device.type == "cpu":
+        unet.compile()
     nn.Module.to(vae, device)
     latents = (_latents(config, vae, pictures.images) * vae.config["scaling_factor"]).to(device)
 

@@ -203,7 +203,7 @@ class TrainConfig:
     """A whole training. base: as infer opens it. shards: datasets. out: the run folder.
 
     start: a run of the same base whose intrinsic VAE and LoRA are learned on from, or "demo"; "" begins with the base's own
-    VAE, widened, and an untrained LoRA.
+    VAE, widened, and an untrained LoRA. other_weights: that run's base may have other weights (this one was fine-tuned since).
     """
 
     name: str
@@ -211,6 +211,7 @@ class TrainConfig:
     shards: tuple[str, ...]
     out: str
     start: str = ""
+    other_weights: bool = False
     vae: VaeConfig
     lora: LoraConfig
     seed: int = 0
@@ -250,6 +251,7 @@ def load_train_config(
     shards: Sequence[str],
     out: str | None,
     start: str | None = None,
+    other_weights: bool = False,
     settings: Sequence[str] = (),
 ) -> TrainConfig:
     """The configuration of `python -m train`: a recipe's name or a .toml, and TABLE.KEY=VALUE settings on top.
@@ -270,5 +272,5 @@ def load_train_config(
             raise UsageError(f"--set {setting}: the tables of a training recipe are data, vae and lora, not {table}")
         tables = merge(tables, parsed)
     given: dict[str, Any] = {"name": name, "base": base, "start": start, "shards": list(shards)}
-    given |= {"out": out or f"runs/{name}"}
+    given |= {"out": out or f"runs/{name}", "other_weights": other_weights}
     return load_config(TrainConfig, tables, given)

@@ -19,8 +19,8 @@ ANEW = "--start '' begins anew"
 def started_from(config: TrainConfig, pipeline: Any) -> Path | None:
     """The folder of the run to learn on from; None to begin anew.
 
-    Raises UserError when it was made for another base, or with another kind of VAE. A run that has only its first stage does
-    not say for which base.
+    Raises UserError when it was made for another base (with config.other_weights: one of another architecture), or with
+    another kind of VAE. A run that has only its first stage does not say for which base.
     """
     if not config.start:
         return None
@@ -28,7 +28,8 @@ def started_from(config: TrainConfig, pipeline: Any) -> Path | None:
     if (run / MANIFEST).exists():
         manifest = load_manifest(str(run))
         try:
-            manifest.check(describe_base(network_of(pipeline), config.base), prediction_type_of(pipeline))
+            base, prediction = describe_base(network_of(pipeline), config.base), prediction_type_of(pipeline)
+            manifest.check(base, prediction, other_weights=config.other_weights)
         except UserError as error:
             raise UserError(f"cannot start from {config.start}: {error}; {ANEW}") from error
         if manifest.shared_vae != config.lora.shared_vae:
