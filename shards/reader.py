@@ -66,7 +66,8 @@ class MemberReader:
         name = f"{mark['shard']}.tar"
         if self.is_local:
             with self.folder.explained(name, "read"):
-                return os.pread(self._open(name, mark["tar"]["sha256"]).fileno(), end - start, start)
+                file = self._open(name, mark["tar"]["sha256"])  # held by this name until its bytes are read
+                return os.pread(file.fileno(), end - start, start)
         if self._cache is None:
             return self._fetch(name, start, end)
         version, address = mark["tar"]["sha256"], self.folder.address(name)

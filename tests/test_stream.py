@@ -1,5 +1,6 @@
 """Streaming: the same order whatever the number of ranks and workers, resuming by arithmetic, maps that stay true."""
 
+import os
 import pickle
 from collections import Counter
 from itertools import islice
@@ -17,6 +18,7 @@ from shards.geometry import Geometry, square
 from shards.intrinsics import INTRINSICS, IntrinsicMap, encode_png, order_segments
 from shards.order import Mixture, Order, Place, Sampler
 from shards.packing import pack
+from shards.reader import OPEN_FILES, MemberReader
 from shards.sample import encode_meta, member_names
 from shards.storage import Folder
 from shards.stream import Item, Stream
@@ -185,6 +187,22 @@ def test_a_corrupt_sample_is_skipped_and_named_and_the_next_stands_in(tmp_path: 
     item = stream[5]
     assert item.key == following and item.position == 5 and len(item.skipped) == 1 and key in item.skipped[0]
     assert stream[6].key == following and not stream[6].skipped
+
+
+def test_a_tar_stays_open_until_it_is_read_whatever_other_threads_open_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.open(make(tmp_path, shards=OPEN_FILES + 2, each=1))
+    reader, marks, pread = MemberReader(dataset.folder.url), list(dataset.marks()), os.pread
+
+    def pread_late(descriptor: int, size: int, start: int) -> bytes:
+        """Between choosing the file and reading it, others open more files than may stay open."""
+        for mark in marks[1:]:
+            reader.announce(mark, *next((key, ["txt"]) for key in mark["index"]))
+        return pread(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", pread_late)
+    assert reader.read(marks[0], "k000", ["txt"]).members["txt"] == b"words 0"
 
 
 def test_a_mixture_streams_from_both_datasets(url: str, tmp_path: Path) -> None:
