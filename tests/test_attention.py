@@ -161,6 +161,20 @@ def test_gradients_of_the_differentiable_form_equal_the_float64_formula(weight):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("limit", [0, 2**20])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_gradients_in_bfloat16_stay_within_its_rounding_by_plain_products_and_by_the_kernel(monkeypatch, weight, limit):
+    monkeypatch.setattr(attention, "PLAIN_LOGITS", limit)
+    inputs = [(x / 2).requires_grad_() for x in streams(dtype=torch.bfloat16)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    target = torch.randn(3, 2, 2, 9, 16, generator=torch.Generator().manual_seed(1))
+    (joint_attention(*inputs, weight, backend="bias")[0] * target).sum().backward()
+    (oracle.attention(*exact, weight)[0] * target).sum().backward()
+    for mine, theirs in zip(inputs, exact, strict=True):
+        error = (mine.grad.double() - theirs.grad).square().mean().sqrt() / theirs.grad.square().mean().sqrt()
+        assert error < 0.01, error
+
+
 def test_the_weight_itself_has_a_gradient_in_the_differentiable_form():
     q, k, v = streams()
     weight, exact = torch.tensor(0.3, requires_grad=True), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

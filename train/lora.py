@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
@@ -239,6 +240,10 @@ def make_task(
             _frozen(part)
     torch.manual_seed(config.seed)  # the adapters begin alike in every process
     streams = make_streams(network_of(pipeline), lora)
+    if device.type == "cpu" and precision(lora.loop, device) == torch.bfloat16:
+        for layer in network_of(pipeline).modules():
+            if isinstance(layer, Attention) and layer.is_cross_attention:
+                layer.set_processor(AttnProcessor())  # as infer.attention.attend: plain products are faster
     if run := started_from(config, pipeline):
         begin_with(run, streams, config)
     without = tuple(SLICES[name] for name in lora.without)
