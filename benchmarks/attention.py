@@ -3,6 +3,7 @@
     python benchmarks/attention.py              4,096 and 9,216 tokens a stream, as in SD 2.1's top level at 512 and 768 px
     python benchmarks/attention.py --small      the same at 256 and 1,024 tokens, in seconds
     python benchmarks/attention.py --flops      FLOPs of SD 2.1 and SDXL at full size, without running them
+    python benchmarks/attention.py --gradient   training on the CPU in bfloat16: plain products against the fused kernel
 
 Every case runs in a process of its own, in turn with the others; time is the median of the repeats, memory the peak over
 what the inputs take. On a GPU (--device cuda) in bfloat16, on a CPU in float32, unless --dtype says otherwise.
@@ -22,6 +23,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from infer import attention
 from infer.attention import attend, joined, joint_attention
 from infer.denoiser import JointDenoiser
 from infer.schedules import Gaussian, Joint, Off, Schedule
@@ -102,6 +104,36 @@ def compare(tokens: list[int], device: str, dtype: str, repeats: int) -> None:
             print(f"{case:36}{1e3 * found['seconds']:10.1f}{ratio:10.2f}{found['mib']:10.0f}", flush=True)
 
 
+TRAINED = {  # rows, heads, queries, keys, width of a head
+    "embedded base, 8 x 8, to text": (256, 3, 64, 32, 32),
+    "embedded base, 8 x 8": (256, 3, 64, 64, 32),
+    "the same, joint": (128, 3, 128, 128, 32),
+    "embedded base, 4 x 4": (256, 6, 16, 16, 32),
+    "16 x 16": (8, 8, 256, 256, 40),
+    "32 x 32": (2, 8, 1024, 1024, 40),
+    "64 x 64": (1, 8, 4096, 4096, 40),
+}
+
+
+def compare_gradients(repeats: int) -> None:
+    """Print milliseconds forward and backward, in bfloat16 on the CPU, by the fused kernel and by plain products, in turn."""
+    print(f"cpu, bfloat16, {torch.get_num_threads()} threads\n{'':36}{'fused':>10}{'plain':>10}{'ratio':>10}  ms")
+    for name, (rows, heads, queries, keys, width) in TRAINED.items():
+        q, k, v = (
+            torch.randn(rows, n, heads, width, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+            for n in (queries, keys, keys)
+        )
+        seconds: dict[int, list[float]] = {0: [], queries * keys: []}
+        for _ in range(repeats + 1):  # the first loads the kernels
+            for limit, found in seconds.items():
+                attention.PLAIN_LOGITS = limit
+                start = time.perf_counter()
+                torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+                found.append(time.perf_counter() - start)
+        fused, plain = (1e3 * statistics.median(found[1:]) for found in seconds.values())
+        print(f"{name:36}{fused:10.1f}{plain:10.1f}{fused / plain:10.2f}", flush=True)
+
+
 SD21 = {
     "sample_size": 96,
     "cross_attention_dim": 1024,
@@ -157,6 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 9216])
     parser.add_argument("--small", action="store_true", help="256 and 1,024 tokens")
     parser.add_argument("--flops", action="store_true", help="count whole networks' FLOPs instead")
+    parser.add_argument("--gradient", action="store_true", help="training on the CPU in bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=5)
@@ -167,6 +200,8 @@ def main() -> None:
         print(json.dumps(measure(given.case, given.tokens[0], given.device, dtype, given.repeats)))
     elif given.flops:
         count_flops()
+    elif given.gradient:
+        compare_gradients(given.repeats)
     else:
         compare([256, 1024] if given.small else given.tokens, given.device, dtype, given.repeats)
 

@@ -1,5 +1,6 @@
 """The embedded base's training: exact resume, and a pipeline that diffusers loads."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,28 @@ def test_every_caption_is_read_without_an_unknown_word_and_in_full() -> None:
         assert len(ids) <= tokenizer.model_max_length
 
 
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(truth: str, tmp_path: Path) -> None:
-    sizes = {"shards": truth, "vae_steps": 2, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1}
-    whole = train_base(BaseTraining(out=tmp_path / "whole", steps=3, **sizes))
-    first = BaseTraining(out=tmp_path / "parts", steps=3, **sizes)
+def _three_steps(truth: str, out: Path) -> BaseTraining:
+    return BaseTraining(shards=truth, out=out, vae_steps=2, vae_batch=2, steps=3, batch=2, warmup=1, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def whole(truth: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline of a training that nothing interrupted."""
+    return train_base(_three_steps(truth, tmp_path_factory.mktemp("base") / "whole"))
+
+
+def test_a_compiled_network_is_saved_as_the_same_pipeline(truth: str, whole: Path, tmp_path: Path) -> None:
+    """Compiling takes minutes; here torch runs what is to be compiled as it is, so the bits must be equal."""
+    with torch.compiler.set_stance("force_eager"):
+        fused = train_base(dataclasses.replace(_three_steps(truth, tmp_path / "fused"), compile=True))
+    one, other = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (whole, fused))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
+    truth: str, whole: Path, tmp_path: Path
+) -> None:
+    first = _three_steps(truth, tmp_path / "parts")
     train_base(first)
     state = tmp_path / "parts" / "unet" / "training.safetensors"
     state.unlink()  # killed before the second stage began; the first is there
@@ -88,25 +107,23 @@ def test_rare_relations_are_drawn_more_often_than_they_are_there() -> None:
     assert shares.sum() == pytest.approx(1) and shares[:9].sum() == pytest.approx(3 * shares[9])
 
 
-def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, tmp_path: Path) -> None:
+def test_a_finished_pipeline_learns_on_with_its_own_vae(truth: str, whole: Path, tmp_path: Path) -> None:
     sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1}
-    first = train_base(BaseTraining(out=tmp_path / "first", steps=1, **sizes))
-    still = train_base(BaseTraining(out=tmp_path / "still", pretrained=first, steps=1, rate=0.0, **sizes))
-    more = train_base(BaseTraining(out=tmp_path / "more", pretrained=first, steps=1, **sizes))
+    still = train_base(BaseTraining(out=tmp_path / "still", pretrained=whole, steps=1, rate=0.0, **sizes))
+    more = train_base(BaseTraining(out=tmp_path / "more", pretrained=whole, steps=1, **sizes))
     for part, learned in (("vae", False), ("unet", True), ("text_encoder", True)):
-        (name,) = (path.name for path in (first / part).glob("*.safetensors"))
-        before, same, after = (load_file(folder / part / name) for folder in (first, still, more))
+        (name,) = (path.name for path in (whole / part).glob("*.safetensors"))
+        before, same, after = (load_file(folder / part / name) for folder in (whole, still, more))
         assert all(torch.equal(before[key], same[key]) for key in before)
         assert all(torch.equal(before[key], after[key]) for key in before) != learned
 
 
-def test_a_base_may_take_the_vae_of_another_and_learn_the_rest_anew(truth: str, tmp_path: Path) -> None:
+def test_a_base_may_take_the_vae_of_another_and_learn_the_rest_anew(truth: str, whole: Path, tmp_path: Path) -> None:
     sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1, "steps": 1}
-    first = train_base(BaseTraining(out=tmp_path / "first", **sizes))
-    taken = train_base(BaseTraining(out=tmp_path / "taken", vae=first, vae_rate=1.0, seed=9, **sizes))
+    taken = train_base(BaseTraining(out=tmp_path / "taken", vae=whole, vae_rate=1.0, seed=9, **sizes))
     for part, same in (("vae", True), ("unet", False), ("text_encoder", False)):
-        (name,) = (path.name for path in (first / part).glob("*.safetensors"))
-        one, other = (load_file(folder / part / name) for folder in (first, taken))
+        (name,) = (path.name for path in (whole / part).glob("*.safetensors"))
+        one, other = (load_file(folder / part / name) for folder in (whole, taken))
         assert all(torch.equal(one[key], other[key]) for key in one) == same
 
 
@@ -118,13 +135,3 @@ def test_a_pretrained_base_that_is_no_pipeline_is_a_sentence(truth: str, tmp_pat
 def test_a_base_takes_its_vae_from_one_pipeline() -> None:
     found = CliRunner().invoke(app, ["base", "--pretrained", "demo", "--vae", "demo"])
     assert isinstance(found.exception, UsageError) and "--pretrained brings its own VAE" in str(found.exception)
-
-
-def test_a_compiled_network_is_saved_as_the_same_pipeline(truth: str, tmp_path: Path) -> None:
-    """Compiling itself takes minutes; here torch runs the network that is to be compiled as it is, so bits must be equal."""
-    sizes = {"shards": truth, "vae_steps": 1, "vae_batch": 2, "batch": 2, "warmup": 1, "save_every": 1, "steps": 2}
-    plain = train_base(BaseTraining(out=tmp_path / "plain", **sizes))
-    with torch.compiler.set_stance("force_eager"):
-        fused = train_base(BaseTraining(out=tmp_path / "fused", compile=True, **sizes))
-    one, other = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (plain, fused))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
