@@ -1,9 +1,9 @@
 """What weighted joint attention costs: our mask-free form against an N x 2N mask, and the whole network's arithmetic.
 
-    python benchmarks/attention.py              4,096 and 9,216 tokens a stream, as in SD 2.1's top level at 512 and 768 px
-    python benchmarks/attention.py --small      the same at 256 and 1,024 tokens, in seconds
-    python benchmarks/attention.py --flops      FLOPs of SD 2.1 and SDXL at full size, without running them
-    python benchmarks/attention.py --gradient   training on the CPU in bfloat16: plain products against the fused kernel
+    python -m benchmarks.attention              4,096 and 9,216 tokens a stream, as in SD 2.1's top level at 512 and 768 px
+    python -m benchmarks.attention --small      the same at 256 and 1,024 tokens, in seconds
+    python -m benchmarks.attention --flops      FLOPs of SD 2.1 and SDXL at full size, without running them
+    python -m benchmarks.attention --gradient   training on the CPU in bfloat16: plain products against the fused kernel
 
 Every case runs in a process of its own, in turn with the others; time is the median of the repeats, memory the peak over
 what the inputs take. On a GPU (--device cuda) in bfloat16, on a CPU in float32, unless --dtype says otherwise.
@@ -96,7 +96,17 @@ def compare(tokens: list[int], device: str, dtype: str, repeats: int) -> None:
         print(f"\n{count} tokens a stream\n{'':36}{'ms':>10}{'x apart':>10}{'peak MiB':>10}")
         yardstick = 0.0
         for case in CASES:
-            command = [sys.executable, __file__, "--case", case, "--tokens", str(count), "--device", device]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.attention",
+                "--case",
+                case,
+                "--tokens",
+                str(count),
+                "--device",
+                device,
+            ]
             command += ["--dtype", dtype, "--repeats", str(repeats)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             yardstick = yardstick or found["seconds"]
@@ -123,12 +133,13 @@ def compare_gradients(repeats: int) -> None:
             torch.randn(rows, n, heads, width, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
             for n in (queries, keys, keys)
         )
+        gradient = torch.randn(rows, heads, queries, width, dtype=torch.bfloat16)
         seconds: dict[int, list[float]] = {0: [], queries * keys: []}
         for _ in range(repeats + 1):  # the first loads the kernels
             for limit, found in seconds.items():
                 attention.PLAIN_LOGITS = limit
                 start = time.perf_counter()
-                torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+                torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
                 found.append(time.perf_counter() - start)
         fused, plain = (1e3 * statistics.median(found[1:]) for found in seconds.values())
         print(f"{name:36}{fused:10.1f}{plain:10.1f}{fused / plain:10.2f}", flush=True)

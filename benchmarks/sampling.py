@@ -1,9 +1,9 @@
 """What sampling with intrinsics costs beside the stock pipeline, in one run: time, ratio and peak memory.
 
-    python benchmarks/sampling.py                                        small network, CPU, a minute
-    python benchmarks/sampling.py --size full --steps 2 --pixels 512     SD 2.1's real configuration, random weights
-    python benchmarks/sampling.py --size full --device cuda --dtype bfloat16 --pixels 768 --steps 25
-    python benchmarks/sampling.py --size sdxl --dtype bfloat16           builds SDXL and loads a rank-32 run folder
+    python -m benchmarks.sampling                                        small network, CPU, a minute
+    python -m benchmarks.sampling --size full --steps 2 --pixels 512     SD 2.1's real configuration, random weights
+    python -m benchmarks.sampling --size full --device cuda --dtype bfloat16 --pixels 768 --steps 25
+    python -m benchmarks.sampling --size sdxl --dtype bfloat16           builds SDXL and loads a rank-32 run folder
 
 Every row runs in a process of its own, so that its peak memory is its own: on the CPU the process's peak resident size
 (imports included), on a GPU the peak allocated there. Text is random embeddings: text encoders cost all rows alike.
@@ -16,7 +16,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -242,7 +241,9 @@ def main(
 
 
 def _in_a_process(arguments: list[str]) -> dict[str, Any]:
-    result = subprocess.run([sys.executable, str(Path(__file__)), *arguments], stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.sampling", *arguments], stdout=subprocess.PIPE, text=True
+    )
     if result.returncode:
         raise SystemExit(result.returncode)
     return json.loads(result.stdout.splitlines()[-1])

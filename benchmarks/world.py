@@ -1,6 +1,6 @@
 """Scenes per second of the demo world, in one process on one thread: composition, caption, image and all maps.
 
-    python benchmarks/world.py [--scenes 200] [--variety 0] [--sheet FILE.png]
+    python -m benchmarks.world [--scenes 200] [--variety 0] [--sheet FILE.png]
 
 Composition does not depend on the size, so it has a line of its own. Times are processor time of this process, so that
 what else runs on the machine counts little. --sheet also writes a contact sheet to look at.

@@ -28,9 +28,9 @@ from shards.errors import UserError
 Backend = Literal["merge", "bias"]
 LseKernel = Literal["cpu", "flash", "efficient", "chunked"]
 
-PLAIN_LOGITS = 2**20
-"""Up to so many products of a query and a key (1024 x 1024 tokens), the CPU's fused kernel is slower than plain ones in
-bfloat16 with its gradient: 3 to 9 times for 16 to 128 tokens, 1.5 times for 1024."""
+PLAIN_LOGITS = 2**18
+"""Up to so many products of a query and a key (512 x 512 tokens), plain products are faster than the CPU's fused kernel in
+bfloat16 with its gradient: 9 to 2 times for 16 to 256 tokens. From 1,024 on they are slower."""
 CHUNK_LOGITS = 2**24  # the plain-torch form holds at most about this many float32 logits at a time (64 MiB)
 
 

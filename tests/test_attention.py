@@ -161,7 +161,7 @@ def test_gradients_of_the_differentiable_form_equal_the_float64_formula(weight):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("limit", [0, 2**20])
+@pytest.mark.parametrize("limit", [0, 2**18])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_gradients_in_bfloat16_stay_within_its_rounding_by_plain_products_and_by_the_kernel(monkeypatch, weight, limit):
     monkeypatch.setattr(attention, "PLAIN_LOGITS", limit)
