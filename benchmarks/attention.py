@@ -96,18 +96,8 @@ def compare(tokens: list[int], device: str, dtype: str, repeats: int) -> None:
         print(f"\n{count} tokens a stream\n{'':36}{'ms':>10}{'x apart':>10}{'peak MiB':>10}")
         yardstick = 0.0
         for case in CASES:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.attention",
-                "--case",
-                case,
-                "--tokens",
-                str(count),
-                "--device",
-                device,
-            ]
-            command += ["--dtype", dtype, "--repeats", str(repeats)]
+            command = [sys.executable, "-m", "benchmarks.attention", "--case", case, "--tokens", str(count)]
+            command += ["--device", device, "--dtype", dtype, "--repeats", str(repeats)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             yardstick = yardstick or found["seconds"]
             ratio = found["seconds"] / yardstick

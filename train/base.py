@@ -306,7 +306,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     net = nn.ModuleDict({"unet": unet, "text": text}).to(device)
     graph = device.type == "cuda" and not dist.is_initialized()
     denoise = GraphedNetwork(unet, torch.bfloat16) if graph else unet
-    if config.compile and device.type == "cpu":
+    if config.compile:
         unet.compile()
     nn.Module.to(vae, device)
     latents = (_latents(config, vae, pictures.images) * vae.config["scaling_factor"]).to(device)
@@ -352,7 +352,12 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
 
 
 def train_base(config: BaseTraining) -> Path:
-    """Both stages; returns the folder of the finished pipeline. Resumes by itself."""
+    """Both stages; returns the folder of the finished pipeline. Resumes by itself.
+
+    Raises UserError if there is nothing to learn from, or config.compile is set on a GPU.
+    """
+    if config.compile and _device().type != "cpu":
+        raise UserError("--compile is for a CPU: a GPU replays the U-Net's kernels as CUDA graphs; leave it out")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     pictures, held_out = Pictures.read(config.shards).split(config.held_out)
