@@ -38,7 +38,9 @@ from train.vae import STAGE as STAGE_ONE
 from train.vae import trained_vae
 
 DRAWS, MEASURE = 2, 3  # purposes of this stage's generators (train.data.generator_of)
-SEEN_OFTEN = 4  # epochs from which on it pays to keep latents in memory
+SEEN_OFTEN, SEEN_OFTEN_ON_CPU = 4, 10
+"""Epochs from which on it pays to keep latents in memory. On a CPU each sample is then encoded alone (train/latents.py), each
+flip by itself: 15 ms, where one of a batch takes 3 to 6."""
 REPEATS = 4  # timesteps at which each held-out sample is measured
 STAGE = "training/lora"
 
@@ -217,7 +219,8 @@ def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[Lo
     selection = str(config.folder / "training" / "selection")
     samples = Samples(config.shards, config.data, config.seed, selection, caches)
     seen = config.lora.loop.steps * config.lora.loop.batch * config.lora.loop.accumulate * world
-    keep = samples.in_memory and seen >= SEEN_OFTEN * len(samples)
+    often = SEEN_OFTEN_ON_CPU if device.type == "cpu" else SEEN_OFTEN
+    keep = samples.in_memory and seen >= often * len(samples)
     task = make_task(config, pipeline, vae, samples.held_out_samples(), device, keep)
     if keep and device.type != "cpu" and config.data.workers:
         samples.read_ahead(task.encoder.remember)  # a GPU learns from samples faster than they are decoded
