@@ -30,12 +30,6 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def web() -> Iterator[Web]:
-    with Web([photograph(number) for number in range(8)]).serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def downloader() -> Iterator[Downloader]:
     made = Downloader(DownloadSettings(**QUICK))
     yield made

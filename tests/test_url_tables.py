@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -26,19 +25,7 @@ from extract.sources.url_tables import Cut, Table, plain
 from extract.sources.urls import UrlSource
 from shards.errors import UsageError, UserError
 from tests.url_tables import Sources, everything, outcome, parquet
-from tests.web import Web, photograph
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[Web]:
-    with Web([photograph(number) for number in range(8)]).serving() as server:
-        yield server
-
-
-@pytest.fixture
-def make() -> Iterator[Sources]:
-    with Sources() as sources:
-        yield sources
+from tests.web import Web
 
 
 def columns_of(count: int, start: int = 0) -> dict[str, list]:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,6 @@ from shards.sample import KEY
 from shards.storage import Folder
 from tests.url_tables import Sources, everything, outcome, parquet
 from tests.web import Web, photograph
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[Web]:
-    with Web([photograph(number) for number in range(8)]).serving() as server:
-        yield server
-
-
-@pytest.fixture
-def make() -> Iterator[Sources]:
-    with Sources() as sources:
-        yield sources
 
 
 def test_every_row_gives_one_output_in_the_order_of_the_table(web: Web, make: Sources, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from train.vae import trained_vae
 DRAWS, MEASURE = 2, 3  # purposes of this stage's generators (train.data.generator_of)
 SEEN_OFTEN, SEEN_OFTEN_ON_CPU = 4, 10
 """Epochs from which on it pays to keep latents in memory. On a CPU each sample is then encoded alone (train/latents.py), each
-flip by itself: 15 ms, where one of a batch takes 3 to 6."""
+flip by itself: 15 ms, where one of a batch takes 3 in bfloat16."""
 REPEATS = 4  # timesteps at which each held-out sample is measured
 STAGE = "training/lora"
 

@@ -1,0 +1,22 @@
+"""Fixtures that several files share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.url_tables import Sources
+from tests.web import Web, photograph
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[Web]:
+    """A web server on loopback with eight photographs."""
+    with Web([photograph(number) for number in range(8)]).serving() as server:
+        yield server
+
+
+@pytest.fixture
+def make() -> Iterator[Sources]:
+    """Makes sources of URL tables; closes their connections in the end."""
+    with Sources() as sources:
+        yield sources
