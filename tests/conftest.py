@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from extract.download import Downloader, DownloadSettings
+from tests.downloads import QUICK
 from tests.url_tables import Sources
 from tests.web import Web, photograph
 
@@ -20,3 +22,10 @@ def make() -> Iterator[Sources]:
     """Makes sources of URL tables; closes their connections in the end."""
     with Sources() as sources:
         yield sources
+
+
+@pytest.fixture(scope="module")
+def downloader() -> Iterator[Downloader]:
+    made = Downloader(DownloadSettings(**QUICK))
+    yield made
+    made.close()
