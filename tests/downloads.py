@@ -6,7 +6,6 @@ from typing import Any
 from extract.answers import DownloadProblem
 from extract.download import Downloader, Outcome
 
-PUBLIC = "93.184.215.14"
 QUICK: dict[str, Any] = {
     "allow_hosts": ("127.0.0.1",),
     "connect_timeout_s": 0.5,
