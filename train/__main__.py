@@ -45,9 +45,9 @@ def base(
         str | None, typer.Option(help="Learn on from this pipeline of `train base`; demo is the embedded one.")
     ] = None,
     vae: Annotated[str | None, typer.Option(help="Take the VAE of this pipeline, and train the rest.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 16_000,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of such a step.")] = 32,
-    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 4e-4,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 5_900,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of such a step.")] = 128,
+    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 2.5e-3,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     compile: Annotated[
         bool,

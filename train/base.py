@@ -52,10 +52,12 @@ from train.base_networks import (
 from train.data import CPU, generator_of, mirrored
 from train.graphed import GraphedNetwork
 from train.latent_channels import weigh_channels
+from train.muon import StackedMuon
 from train.state import STATE, averaged, follow, load_state, save_state
 from train.truth import fully_named
 
 NOISE = 4  # a purpose of train.data.generator_of
+DECAY, BETAS = 0.01, (0.9, 0.99)  # of both optimisers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +85,14 @@ class BaseTraining:
     vae_batch: int = 8
     vae_rate: float = 2e-3
     kl: float = 1e-6
-    steps: int = 16_000
-    batch: int = 32
-    rate: float = 4e-4
+    steps: int = 5_900
+    batch: int = 128
+    rate: float = 2.5e-3
     timesteps: tuple[float, float] = (2.0, 1.5)
     dropout: float = 0.1
     ema: float = 0.998
     warmup: int = 100
-    cooldown: float = 0.25
+    cooldown: float = 0.6
     save_every: int = 100
     compile: bool = False
 
@@ -158,6 +160,7 @@ def _rate(step: int, steps: int, config: BaseTraining) -> float:
 def _train(
     net: nn.Module,
     loss_of: Callable[[int, slice], Tensor],
+    optimiser: torch.optim.Optimizer,
     *,
     steps: int,
     rate: float,
@@ -173,7 +176,6 @@ def _train(
     device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with bf16, 1.4 to 1.7 times as fast
     average = averaged(net)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     first = load_state(folder / STATE, net, average, optimiser)
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress:
@@ -231,6 +233,7 @@ def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> A
     _train(
         vae,
         loss_of,
+        torch.optim.AdamW(vae.parameters(), weight_decay=DECAY, betas=BETAS, fused=True),
         steps=config.vae_steps,
         rate=config.vae_rate,
         config=config,
@@ -292,6 +295,18 @@ def _latents(config: BaseTraining, vae: AutoencoderKL, images: np.ndarray) -> Te
 # ---- stage two: text to image ----------------------------------------------------------------------------------------
 
 
+def _muon(net: nn.Module) -> torch.optim.Optimizer:
+    """Muon for matrices and convolutions, AdamW for vectors, embeddings and the first and the last layer.
+
+    Of 10,000 pictures in batches of 128 it learns what AdamW learns of 17,000 (docs/training.md).
+    """
+    ends = ("embedding.weight", "conv_in.weight", "conv_out.weight")
+    parameters = list(net.named_parameters())
+    inner = {"params": [value for name, value in parameters if not name.endswith(ends)]}
+    outer = {"params": [value for name, value in parameters if name.endswith(ends)], "use_fallback": True}
+    return StackedMuon([inner, outer], weight_decay=DECAY, betas=BETAS)
+
+
 def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: AutoencoderKL) -> None:
     """v prediction of the latents, with the text encoder; writes the finished pipeline to config.out."""
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
@@ -341,6 +356,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     _train(
         net,
         loss_of,
+        _muon(net),
         steps=config.steps,
         rate=config.rate,
         config=config,

@@ -50,9 +50,16 @@ class Checkpoint:
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as "NUMBER.SLOT" -> tensor."""
-    state = optimiser.state_dict()["state"]
-    return {f"{i}.{slot}": torch.as_tensor(value) for i, slots in state.items() for slot, value in slots.items()}
+    """The optimiser's state as "NUMBER.SLOT" -> tensor.
+
+    A bool, which says by what rule Muon steps a parameter, is found anew.
+    """
+    return {
+        f"{i}.{slot}": torch.as_tensor(value)
+        for i, slots in optimiser.state_dict()["state"].items()
+        for slot, value in slots.items()
+        if not isinstance(value, bool)
+    }
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

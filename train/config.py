@@ -72,7 +72,7 @@ class LoopConfig:
     batch: int
     learning_rate: float
     accumulate: int = 1
-    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    optimiser: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     epsilon: float = 1e-8

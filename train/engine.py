@@ -26,6 +26,7 @@ from train.checkpoint import Checkpoint, Checkpoints, optimiser_tensors, restore
 from train.config import LoopConfig
 from train.data import Batch, Draw, Samples
 from train.log import Log, held_out_figures
+from train.muon import StackedMuon
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,9 @@ def train(
 
 
 def make_optimiser(loop: LoopConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' with 8-bit state."""
+    """AdamW, bitsandbytes' with 8-bit state, or Muon (AdamW for vectors)."""
+    if loop.optimiser == "muon":
+        return StackedMuon([{"params": list(parameters)}], weight_decay=loop.weight_decay, betas=loop.betas)
     settings: dict[str, Any] = {
         "lr": loop.learning_rate,
         "betas": loop.betas,

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train.checkpoint import optimiser_tensors
+
 STATE = "training.safetensors"
 
 
@@ -34,8 +36,7 @@ def save_state(
     """Writes everything that resuming after `step` steps needs."""
     state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     state |= {f"average.{name}": tensor for name, tensor in average.items()}
-    for number, slots in optimiser.state_dict()["state"].items():
-        state |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+    state |= {f"optimiser.{name}": tensor for name, tensor in optimiser_tensors(optimiser).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary, {"step": str(step)})

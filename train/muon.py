@@ -1,0 +1,58 @@
+"""Muon: momentum whose matrices are made orthogonal before they are a step (https://kellerjordan.github.io/posts/muon/)."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.optim.muon import Muon, get_lr_scale, zeropower_via_newtonschulz
+from torch import Tensor, nn
+
+# of the five Newton-Schulz iterations, https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic"
+COEFFICIENTS = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
+
+
+class StackedMuon(Muon):
+    """timm's Muon with Nesterov momentum; matrices of one shape, of which a U-Net has dozens, are made orthogonal together.
+
+    On a CPU that halves the time of a step. Convolutions are matrices (out, in x height x width); vectors, and the groups with
+    `use_fallback`, are left to timm's AdamW.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, weight_decay: float, betas: tuple[float, float]) -> None:
+        """betas: AdamW's. A step's size is AdamW's at the same rate (the root mean square of a weight's change, 0.2 x rate)."""
+        super().__init__(groups, weight_decay=weight_decay, betas=betas, nesterov=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        for group in self.param_groups:
+            if not group.get("use_fallback"):
+                self._step_matrices(group)
+        loss: float | None = super().step(closure)  # of those that still have a gradient
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        alike = defaultdict[torch.Size, list[nn.Parameter]](list)
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.ndim > 1:
+                alike[parameter.shape].append(parameter)
+        for shape, parameters in alike.items():
+            gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc]
+            momenta = [
+                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                for parameter in parameters
+            ]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
+            steps = zeropower_via_newtonschulz(ahead, len(COEFFICIENTS), COEFFICIENTS).to(parameters[0].dtype)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            size = group["lr"] * get_lr_scale(ahead.shape[1:])
+            torch._foreach_add_(parameters, [step.view(shape) for step in steps], alpha=-size)
+            for parameter in parameters:
+                parameter.grad = None
