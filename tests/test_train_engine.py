@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -152,12 +153,15 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_last_good_checkpoint_stays(sh
     assert run_averages(shards, tmp_path, Averages(), steps=4).finished
 
 
-def test_an_optimiser_comes_back_in_the_memory_layout_of_its_weights() -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_optimiser_comes_back_in_the_memory_layout_of_its_weights(name: Literal["adamw", "muon"]) -> None:
+    loop = LoopConfig(steps=4, batch=1, learning_rate=0.1, optimiser=name)
+
     def layers() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.SiLU(), nn.Conv2d(16, 4, 3))
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return net, make_optimiser(LoopConfig(steps=4, batch=1, learning_rate=0.1), list(net.parameters()))
+        return net, make_optimiser(loop, list(net.parameters()))
 
     def learn(net: nn.Module, optimiser: torch.optim.Optimizer, numbers: range) -> None:
         for number in numbers:

@@ -232,7 +232,8 @@ def train(
 def make_optimiser(loop: LoopConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, bitsandbytes' with 8-bit state, or Muon (AdamW for vectors)."""
     if loop.optimiser == "muon":
-        return StackedMuon([{"params": list(parameters)}], weight_decay=loop.weight_decay, betas=loop.betas)
+        group = {"params": list(parameters), "lr": loop.learning_rate}
+        return StackedMuon([group], weight_decay=loop.weight_decay, betas=loop.betas)
     settings: dict[str, Any] = {
         "lr": loop.learning_rate,
         "betas": loop.betas,
