@@ -298,7 +298,7 @@ def _latents(config: BaseTraining, vae: AutoencoderKL, images: np.ndarray) -> Te
 def _muon(net: nn.Module) -> torch.optim.Optimizer:
     """Muon for matrices and convolutions, AdamW for vectors, embeddings and the first and the last layer.
 
-    Of 10,000 pictures in batches of 128 it learns what AdamW learns of 17,000 (docs/training.md).
+    Early on it learns of 6,500 pictures what AdamW learns of 10,000 (docs/training.md).
     """
     ends = ("embedding.weight", "conv_in.weight", "conv_out.weight")
     parameters = list(net.named_parameters())
