@@ -1,12 +1,11 @@
 """Muon: momentum whose matrices are made orthogonal before they are a step (https://kellerjordan.github.io/posts/muon/)."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.optim.muon import Muon, get_lr_scale, zeropower_via_newtonschulz
-from torch import Tensor, nn
+from torch import Tensor
 
 # of the five Newton-Schulz iterations, https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic"
 COEFFICIENTS = [
@@ -30,24 +29,20 @@ class StackedMuon(Muon):
         super().__init__(groups, weight_decay=weight_decay, betas=betas, nesterov=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             if not group.get("use_fallback"):
                 self._step_matrices(group)
-        loss: float | None = super().step(closure)  # of those that still have a gradient
-        return loss
+        return super().step(closure)  # of those that still have a gradient
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        alike = defaultdict[torch.Size, list[nn.Parameter]](list)
+        alike = defaultdict[torch.Size, list[Tensor]](list)
         for parameter in group["params"]:
             if parameter.grad is not None and parameter.ndim > 1:
                 alike[parameter.shape].append(parameter)
         for shape, parameters in alike.items():
-            gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc]
-            momenta = [
-                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                for parameter in parameters
-            ]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            momenta = [self._momentum(parameter) for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
             steps = zeropower_via_newtonschulz(ahead, len(COEFFICIENTS), COEFFICIENTS).to(parameters[0].dtype)
@@ -56,3 +51,9 @@ class StackedMuon(Muon):
             torch._foreach_add_(parameters, [step.view(shape) for step in steps], alpha=-size)
             for parameter in parameters:
                 parameter.grad = None
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state: dict[str, Tensor] = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
