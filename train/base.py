@@ -298,7 +298,7 @@ def _latents(config: BaseTraining, vae: AutoencoderKL, images: np.ndarray) -> Te
 def _muon(net: nn.Module) -> torch.optim.Optimizer:
     """Muon for matrices and convolutions, AdamW for vectors, embeddings and the first and the last layer.
 
-    Early on it learns of 6,500 pictures what AdamW learns of 10,000 (docs/training.md).
+    What that is worth beside AdamW alone: docs/training.md, "The optimiser".
     """
     ends = ("embedding.weight", "conv_in.weight", "conv_out.weight")
     parameters = list(net.named_parameters())

@@ -233,7 +233,7 @@ def make_optimiser(loop: LoopConfig, parameters: Sequence[nn.Parameter]) -> torc
     """AdamW, bitsandbytes' with 8-bit state, or Muon (AdamW for vectors)."""
     if loop.optimiser == "muon":
         group = {"params": list(parameters), "lr": loop.learning_rate}
-        return StackedMuon([group], weight_decay=loop.weight_decay, betas=loop.betas)
+        return StackedMuon([group], weight_decay=loop.weight_decay, betas=loop.betas, epsilon=loop.epsilon)
     settings: dict[str, Any] = {
         "lr": loop.learning_rate,
         "betas": loop.betas,

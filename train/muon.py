@@ -20,13 +20,15 @@ COEFFICIENTS = [
 class StackedMuon(Muon):
     """timm's Muon with Nesterov momentum; matrices of one shape, of which a U-Net has dozens, are made orthogonal together.
 
-    On a CPU that halves the time of a step. Convolutions are matrices (out, in x height x width); vectors, and the groups with
-    `use_fallback`, are left to timm's AdamW.
+    On a CPU that halves what the optimiser costs. Convolutions are matrices (out, in x height x width); vectors, and the groups
+    with `use_fallback`, are left to timm's AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, weight_decay: float, betas: tuple[float, float]) -> None:
-        """betas: AdamW's. A step's size is AdamW's at the same rate (the root mean square of a weight's change, 0.2 x rate)."""
-        super().__init__(groups, weight_decay=weight_decay, betas=betas, nesterov=True)
+    def __init__(
+        self, groups: list[dict[str, Any]], *, weight_decay: float, betas: tuple[float, float], epsilon: float = 1e-7
+    ) -> None:
+        """betas, epsilon: AdamW's. A step is about as large as AdamW's at the same rate: 0.2 x rate, the root mean square."""
+        super().__init__(groups, weight_decay=weight_decay, betas=betas, eps=epsilon, nesterov=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
