@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shards.errors import UserError
 from train.checkpoint import optimiser_tensors
 
 STATE = "training.safetensors"
@@ -39,19 +40,34 @@ def save_state(
     state |= {f"optimiser.{name}": tensor for name, tensor in optimiser_tensors(optimiser).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary, {"step": str(step)})
+    known = {"step": str(step), "optimiser": type(optimiser).__name__}
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary, known)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def load_state(path: Path, net: nn.Module, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
-    """Puts back what save_state wrote; returns the step to go on with, 0 if there is no such file."""
+    """Puts back what save_state wrote; returns the step to go on with, 0 if there is no such file.
+
+    Raises UserError where the file is damaged, or of another network or optimiser.
+    """
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        step = int(file.metadata()["step"])
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            known = file.metadata()
+    except SafetensorError as error:
+        raise UserError(f"cannot go on from {path}: {error}; remove it to begin anew") from error
+    told, own = known.get("optimiser", "another optimiser"), type(optimiser).__name__
+    if told != own:
+        raise UserError(f"cannot go on from {path}: it learned by {told}, not by {own}; remove it to begin anew")
+    expected = {f"net.{name}": tensor.shape for name, tensor in net.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items() if name.startswith("net.")}
+    if found != expected:
+        name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UserError(f"cannot go on from {path}: it is of another network ({name}); remove it to begin anew")
     net.load_state_dict({name: state[f"net.{name}"] for name in net.state_dict()})
     for name in average:
         average[name].copy_(state[f"average.{name}"])
@@ -61,4 +77,4 @@ def load_state(path: Path, net: nn.Module, average: Mapping[str, Tensor], optimi
             _, number, slot = name.split(".")
             slots.setdefault(int(number), {})[slot] = tensor
     optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
-    return step
+    return int(known["step"])
