@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from infer.shipped import resolve
+from infer.shipped import resolve, usual_guidance
 from shards.cli import DebugOption, new_app, run
 from shards.errors import UsageError
 
@@ -39,7 +39,10 @@ def sample(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     num: Annotated[int, typer.Option(min=1, help="Images per prompt: seeds SEED, SEED+1, ...")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance; 1 turns it off.", show_default="7.5, the paper's; for demo 5"),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 768, or WIDTHxHEIGHT.", show_default="the base's own")
     ] = None,
@@ -98,7 +101,7 @@ def sample(
         negative=negative,
         size=_size(size),
         steps=steps,
-        guidance=guidance,
+        guidance=usual_guidance(base) if guidance is None else guidance,
         schedule=schedule,
         scheduler=scheduler,
         intrinsics=intrinsics,
@@ -222,7 +225,7 @@ def evaluate(
         int, typer.Option(help="The first prompt's first seed; those of the next ones are 1000 apart.")
     ] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    guidance: Annotated[float | None, typer.Option(help="As of sample.", show_default="7.5; for demo 5")] = None,
     scheduler: Annotated[str | None, typer.Option(help="As of sample.", show_default="the base's own")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, or WIDTHxHEIGHT.", show_default="the base's own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 32,
@@ -264,7 +267,7 @@ def evaluate(
             base=base,
             run=run_,
             steps=steps,
-            guidance=guidance,
+            guidance=usual_guidance(base) if guidance is None else guidance,
             scheduler=scheduler,
             size=_size(size),
             seed=seed,

@@ -8,6 +8,12 @@ EMBEDDED = Path(__file__).with_name("embedded")
 """Embedded models live here: NAME/base, a diffusers folder, and NAME/run, a run folder for it."""
 
 
+def usual_guidance(base: str) -> float:
+    """Classifier-free guidance where none is said: the paper's; for the small embedded base less, at which pictures and
+    maps agree better (docs/evaluation.md)."""
+    return {"demo": 5.0}.get(base, 7.5)
+
+
 def resolve(name: str, kind: str) -> str:
     """The path or hub id of a base or run (kind): embedded ones are named "demo", all else is returned as it is."""
     path = EMBEDDED / name / kind

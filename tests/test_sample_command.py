@@ -94,6 +94,16 @@ def test_the_command_in_the_json_repeats_the_image_to_the_bit(models, tmp_path):
         ).read_bytes()
 
 
+@pytest.mark.parametrize(("given", "used"), [([], "5.0"), (["--guidance", "7.5"], "7.5")])
+def test_the_embedded_base_draws_with_its_own_guidance_unless_told(given: list[str], used: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["sample", "--prompt", "a red cube", "--steps", "1", *given, "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    (key,) = keys(tmp_path)
+    assert f"--guidance {used} " in json.loads((tmp_path / f"{key}.json").read_text())["generated"]["command"]
+
+
 def test_compare_and_shares_are_written_beside_and_what_is_there_is_not_made_again(models, tmp_path):
     sample(models, tmp_path, "--prompt", "a cube")
     (key,) = keys(tmp_path)
