@@ -41,7 +41,7 @@ def sample(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Classifier-free guidance; 1 turns it off.", show_default="7.5, the paper's; for demo 5"),
+        typer.Option(help="Classifier-free guidance; 1 turns it off.", show_default="7.5, the paper's; for demo 4.5"),
     ] = None,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 768, or WIDTHxHEIGHT.", show_default="the base's own")
@@ -225,7 +225,7 @@ def evaluate(
         int, typer.Option(help="The first prompt's first seed; those of the next ones are 1000 apart.")
     ] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="As of sample.", show_default="7.5; for demo 5")] = None,
+    guidance: Annotated[float | None, typer.Option(help="As of sample.", show_default="7.5; for demo 4.5")] = None,
     scheduler: Annotated[str | None, typer.Option(help="As of sample.", show_default="the base's own")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, or WIDTHxHEIGHT.", show_default="the base's own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 32,

@@ -11,7 +11,7 @@ EMBEDDED = Path(__file__).with_name("embedded")
 def usual_guidance(base: str) -> float:
     """Classifier-free guidance where none is said: the paper's; for the small embedded base less, at which pictures and
     maps agree better (docs/evaluation.md)."""
-    return {"demo": 5.0}.get(base, 7.5)
+    return {"demo": 4.5}.get(base, 7.5)
 
 
 def resolve(name: str, kind: str) -> str:

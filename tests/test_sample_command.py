@@ -94,7 +94,7 @@ def test_the_command_in_the_json_repeats_the_image_to_the_bit(models, tmp_path):
         ).read_bytes()
 
 
-@pytest.mark.parametrize(("given", "used"), [([], "5.0"), (["--guidance", "7.5"], "7.5")])
+@pytest.mark.parametrize(("given", "used"), [([], "4.5"), (["--guidance", "7.5"], "7.5")])
 def test_the_embedded_base_draws_with_its_own_guidance_unless_told(given: list[str], used: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app, ["sample", "--prompt", "a red cube", "--steps", "1", *given, "--out", str(tmp_path)]
