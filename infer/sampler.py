@@ -30,12 +30,12 @@ from infer.prompts import as_batch, encode_prompts, image_size, noise_and_genera
 from infer.result import Generated, decode_images, decode_intrinsics, is_finite
 from infer.run_folder import Run, load_run
 from infer.schedules import Schedule
-from infer.shipped import resolve
+from infer.shipped import GUIDANCE, resolve
 from infer.stages import StageMap, stage_map_of
 from shards.errors import UsageError, UserError
 from shards.packing import DepthRange
 
-STEPS, GUIDANCE = 25, 7.5  # the paper's
+STEPS = 25  # the paper's
 
 SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",

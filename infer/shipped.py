@@ -8,10 +8,14 @@ EMBEDDED = Path(__file__).with_name("embedded")
 """Embedded models live here: NAME/base, a diffusers folder, and NAME/run, a run folder for it."""
 
 
+GUIDANCE = 7.5
+"""Classifier-free guidance, the paper's."""
+
+
 def usual_guidance(base: str) -> float:
     """Classifier-free guidance where none is said: the paper's; for the small embedded base less, at which pictures and
     maps agree better (docs/evaluation.md)."""
-    return {"demo": 4.5}.get(base, 7.5)
+    return {"demo": 4.5}.get(base, GUIDANCE)
 
 
 def resolve(name: str, kind: str) -> str:

@@ -17,6 +17,7 @@ import transformers
 from infer.condition import Given
 from infer.outputs import extra_files, maker, read_given, read_image, sample_members
 from infer.sampler import CoGenerator
+from infer.shipped import GUIDANCE
 from shards.errors import UsageError, UserError
 from shards.marks import digest
 
@@ -32,7 +33,7 @@ class Request:
     negative: str | None = None
     size: tuple[int, int] | None = None  # (height, width)
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float = GUIDANCE
     schedule: str = "gaussian"
     scheduler: str | None = None
     intrinsics: bool = True

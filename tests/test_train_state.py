@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from shards.errors import UserError
@@ -17,11 +18,12 @@ def _stepped(net: nn.Module, optimiser: torch.optim.Optimizer) -> None:
 
 @pytest.fixture()
 def state(tmp_path: Path) -> Path:
-    """After seven steps of AdamW, of a network of three numbers to two."""
+    """Of a network of three numbers to two, which AdamW moved away from its average; kept as after step 7."""
     net = nn.Linear(3, 2)
     optimiser = torch.optim.AdamW(net.parameters())
+    average = averaged(net)
     _stepped(net, optimiser)
-    save_state(tmp_path / "state.safetensors", 7, net, averaged(net), optimiser)
+    save_state(tmp_path / "state.safetensors", 7, net, average, optimiser)
     return tmp_path / "state.safetensors"
 
 
@@ -30,7 +32,11 @@ def test_training_goes_on_with_the_step_the_weights_and_the_moments(state: Path)
     optimiser = torch.optim.AdamW(net.parameters())
     average = averaged(net)
     assert load_state(state, net, average, optimiser) == 7
-    assert torch.equal(net.weight, average["weight"]) and len(optimiser.state_dict()["state"]) == 2
+    kept = load_file(state)
+    assert torch.equal(net.weight, kept["net.weight"]) and torch.equal(average["weight"], kept["average.weight"])
+    assert not torch.equal(net.weight, average["weight"])
+    moments = optimiser.state_dict()["state"]
+    assert len(moments) == 2 and torch.equal(moments[0]["exp_avg"], kept["optimiser.0.exp_avg"])
 
 
 def test_a_state_of_another_optimiser_is_refused(state: Path) -> None:

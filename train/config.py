@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from extract.config import merge, parse_setting
+from infer.shipped import GUIDANCE
 from shards.config import load_config, read_toml
 from shards.errors import UsageError
 from shards.intrinsics import INTRINSICS
@@ -167,7 +168,7 @@ class LoraConfig:
     cuda_graph: bool = False
     prompts: tuple[str, ...] = ()
     sample_steps: int = 25
-    guidance: float = 7.5
+    guidance: float = GUIDANCE
 
     def __post_init__(self) -> None:
         _check("lora", self, ("rank", "sample_steps"), ("caption_drop", "independent_timesteps"))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.checkpoint import optimiser_tensors
+from train.checkpoint import optimiser_tensors, restore_optimiser
 
 STATE = "training.safetensors"
 
@@ -57,10 +57,10 @@ def load_state(path: Path, net: nn.Module, average: Mapping[str, Tensor], optimi
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            known = file.metadata()
+            known = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"cannot go on from {path}: {error}; remove it to begin anew") from error
-    told, own = known.get("optimiser", "another optimiser"), type(optimiser).__name__
+    told, own = known.get("optimiser", "an optimiser that it does not name"), type(optimiser).__name__
     if told != own:
         raise UserError(f"cannot go on from {path}: it learned by {told}, not by {own}; remove it to begin anew")
     expected = {f"net.{name}": tensor.shape for name, tensor in net.state_dict().items()}
@@ -71,10 +71,6 @@ def load_state(path: Path, net: nn.Module, average: Mapping[str, Tensor], optimi
     net.load_state_dict({name: state[f"net.{name}"] for name in net.state_dict()})
     for name in average:
         average[name].copy_(state[f"average.{name}"])
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name.startswith("optimiser."):
-            _, number, slot = name.split(".")
-            slots.setdefault(int(number), {})[slot] = tensor
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
+    kept = {name.removeprefix("optimiser."): state[name] for name in state if name.startswith("optimiser.")}
+    restore_optimiser(optimiser, kept)
     return int(known["step"])

@@ -20,7 +20,7 @@ import transformers
 from infer.outputs import maker
 from infer.run_folder import load_manifest
 from infer.sampler import CoGenerator
-from infer.shipped import resolve
+from infer.shipped import GUIDANCE, resolve
 from infer.work import DTYPES
 from shards.errors import UsageError
 from shards.intrinsics import IntrinsicMap
@@ -83,7 +83,7 @@ class Drawing:
     base: str = "demo"
     run: str = "demo"
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float = GUIDANCE
     scheduler: str | None = None
     size: tuple[int, int] | None = None  # (height, width)
     seed: int = 0
