@@ -73,7 +73,7 @@ def test_stock_peft_loads_the_lora_of_a_transformer(tmp_path):
         (lambda m: dataclasses.replace(m, prediction_type="v_prediction"), "prediction_type"),
         (lambda m: dataclasses.replace(m, base=dataclasses.replace(m.base, network="Other")), "base.network"),
         (
-            lambda m: dataclasses.replace(m, base=dataclasses.replace(m.base, architecture="0" * 64)),
+            lambda m: dataclasses.replace(m, base=dataclasses.replace(m.base, architecture="0" * 64, parameters="")),
             "base.architecture",
         ),
         (lambda m: dataclasses.replace(m, base=dataclasses.replace(m.base, weights=(9.0,) * 64)), "base.weights"),
@@ -211,3 +211,70 @@ def test_a_compiled_or_foreign_pipeline_is_refused():
         network_of(pipeline)
     with pytest.raises(UserError, match="cannot be a base"):
         network_of(torch.nn.Identity())
+
+
+# ---- one base in other words -----------------------------------------------------------------------------------------
+
+
+def written(network: torch.nn.Module) -> dict:
+    return {key: value for key, value in network.config.items() if not key.startswith("_")}
+
+
+def in_other_words(name: str) -> torch.nn.Module:
+    """The same network as tests.tiny makes, as the config.json of a fine-tuned variant says it."""
+    network = tiny.NETWORKS[name]()
+    config = written(network)
+    if name.startswith("pixart"):
+        config |= {"use_additional_conditions": name == "pixart_alpha", "upcast_attention": None, "dropout": 0.1}
+        config |= {"interpolation_scale": 2 if name == "pixart_alpha" else 1}
+    else:
+        heads = config["attention_head_dim"]
+        blocks = len(config["down_block_types"])
+        config |= {"attention_head_dim": [heads] * blocks if isinstance(heads, int) else list(heads)}
+        config |= {"cross_attention_dim": [config["cross_attention_dim"]] * blocks, "layers_per_block": [1] * blocks}
+        config |= {"sample_size": 96, "upcast_attention": None, "dual_cross_attention": None, "dropout": 0.1}
+        config |= {"only_cross_attention": [False] * blocks, "mid_block_scale_factor": 1.0, "said_by_a_trainer": "yes"}
+    variant = type(network).from_config(config)
+    variant.load_state_dict(network.state_dict())
+    return variant.eval()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_one_network_in_other_words_is_the_same_base(name, tmp_path):
+    ours, variant = tiny.NETWORKS[name](), in_other_words(name)
+    given = tiny.inputs(ours, 2, size=16)
+    assert torch.equal(tiny.forward(variant, given), tiny.forward(ours, given))  # or else they were two networks
+    run = tiny_text.save_run(tiny.PIPELINES[name](), tmp_path)
+    manifest = load_manifest(str(run))
+    base = describe_base(variant, "variant")
+    assert base.architecture != manifest.base.architecture
+    manifest.check(base, manifest.prediction_type)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("sd15", {"attention_head_dim": (2, 2, 4, 2)}, "attention_head_dim"),
+        ("sd15", {"act_fn": "gelu"}, "act_fn"),
+        ("sd15", {"norm_num_groups": 4}, "norm_num_groups"),
+        ("sd15", {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
+        ("pixart_sigma", {"sample_size": 32}, "sample_size"),
+        ("pixart_sigma", {"interpolation_scale": 4}, "interpolation_scale"),
+        ("sd15", {"block_out_channels": (16, 16, 32, 64)}, "block_out_channels"),
+    ],
+)
+def test_another_network_is_refused_naming_the_setting_even_as_a_variant(name, changes, field, tmp_path):
+    network = tiny.NETWORKS[name]()
+    run = tiny_text.save_run(tiny.PIPELINES[name](), tmp_path)
+    other = type(network).from_config(written(network) | changes)
+    manifest = load_manifest(str(run))
+    with pytest.raises(UserError, match=rf"base\.config .* has {field} = "):
+        manifest.check(describe_base(other, "other"), manifest.prediction_type, other_weights=True)
+
+
+def test_a_manifest_that_holds_a_digest_only_fits_its_own_base(run):
+    manifest = load_manifest(str(run))
+    older = dataclasses.replace(manifest, base=dataclasses.replace(manifest.base, config={}, parameters=""))
+    older.check(describe_base(tiny.sd15(), "base"), "epsilon")
+    with pytest.raises(UserError, match=r"base\.architecture"):
+        older.check(describe_base(tiny.sd15(act_fn="gelu"), "other"), "epsilon", other_weights=True)
