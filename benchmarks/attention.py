@@ -23,10 +23,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from infer import attention
-from infer.attention import attend, joined, joint_attention
-from infer.denoiser import JointDenoiser
-from infer.schedules import Gaussian, Joint, Off, Schedule
+from infer.model import attention
+from infer.model.attention import attend, joined, joint_attention
+from infer.model.denoiser import JointDenoiser
+from infer.model.schedules import Gaussian, Joint, Off, Schedule
 
 WEIGHT = 0.3
 

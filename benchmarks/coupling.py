@@ -16,18 +16,18 @@ from rich.table import Table
 from torch import Tensor
 
 from extract.world import compose, render
-from infer.bases import network_of, open_base, prediction_type_of
-from infer.denoiser import JointDenoiser
+from infer.bases.loading import network_of, open_base, prediction_type_of
+from infer.embedded import resolve
+from infer.model.denoiser import JointDenoiser
+from infer.model.schedules import Joint
+from infer.model.vae import encode
 from infer.run_folder import load_run
-from infer.schedules import Joint
-from infer.shipped import resolve
-from infer.vae import encode
 from shards.packing import pack
-from train.base import pixels
-from train.cached import encode_text
+from train.cache.format import encode_text
+from train.demo.ground_truth import exact_maps
+from train.demo.text_to_image import pixels
 from train.diffusion_loss import noised, stream_loss, target
 from train.network import network_arguments, signal_levels
-from train.truth import exact_maps
 
 SEED, PX = 909, 64
 TIMESTEPS = 100, 300, 500, 700, 900

@@ -4,7 +4,8 @@
 
 Scenes are unseen ones whose captions name all that is there, with one, two and three objects. Layout is to hold for the
 rendering's own caption (goal: 95 % of those with two objects), and not once a shape, a colour or a relation of it is
-another one, or two objects have changed colours. --sweep prints the same for other thresholds of infer/evaluation/layout.py,
+another one, or two objects have changed colours. --sweep prints the same for other thresholds of
+infer/evaluation/demo/layout.py,
 which were chosen by it.
 """
 
@@ -20,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from extract.world import Scene, compose, render
+from extract.world.grammar import Caption, Named, parse
 from extract.world.vocabulary import COLOURS, INVERSE, SHAPES
-from infer.evaluation import layout
-from infer.evaluation.detector import SHIPPED
-from infer.evaluation.grammar import Caption, Named, parse
-from infer.evaluation.layout import Found, judge
-from infer.evaluation.objects import Detector
+from infer.evaluation.demo import layout
+from infer.evaluation.demo.detector import Detector
+from infer.evaluation.demo.layout import Found, judge
+from infer.evaluation.demo.pixel_net import SHIPPED
 
 PX = 64
 SWEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)

@@ -31,13 +31,13 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from extract.images import ImageProblem, ImageRules, Prepared, prepare
+from extract.images.prepare import ImageProblem, ImageRules, Prepared, prepare
 from extract.sources import RawSample, Unit
 from extract.sources.table import open_source
 from extract.sources.urls import UrlSource
-from shards.storage import Folder
+from shards.core.storage import Folder
 from shards.writer import ShardWriter
-from tests.web import Web, head, photograph
+from tests.support.web import Web, head, photograph
 
 SIZES = ((640, 480), (736, 1104), (1024, 683), (1200, 800), (1920, 1280), (500, 750))  # common on the web
 SHARD = 500

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shards.order import Sampler
+from shards.stream.order import Sampler
 from train.config import load_train_config
 from train.data import Batch, Draw, Samples
 from train.lora import draw

@@ -26,8 +26,8 @@ from extract.estimators.batching import NetworkEstimator, to_network
 from extract.estimators.demo import DemoEstimator
 from extract.estimators.sam import SamEstimator, SquareEncoder
 from extract.estimators.table import ROWS, Row, folder_of, load
-from shards.errors import UserError
-from tests.published_rows import LARGER, SAME, published_row
+from shards.core.errors import UserError
+from tests.support.published_rows import LARGER, SAME, published_row
 
 BATCHES = (1, 4, 16)
 EACH_NETWORK = [name for name in ROWS if name not in {"null", *LARGER, *SAME}]

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from extract.config import ExtractConfig, RunConfig
 from extract.estimators.table import ROWS, load
-from extract.images import ImageRules
-from extract.run import Summary, run
+from extract.images.prepare import ImageRules
+from extract.run.run import Summary, run
 from extract.world import compose, render
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from skimage import data as photographs
 from skimage.segmentation import felzenszwalb
 
-from extract.images import ImageRules, prepare
+from extract.images.prepare import ImageRules, prepare
 from shards.intrinsics import encode_png, order_segments
 
 

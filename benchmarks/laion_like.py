@@ -37,8 +37,8 @@ from rich.table import Table
 
 from extract.reasons import is_passing
 from shards.dataset import Dataset
-from shards.stats import stats
-from tests.web import Web, photograph
+from shards.inspect.stats import stats
+from tests.support.web import Web, photograph
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 25)]
 SIZES = ((640, 480), (800, 600), (512, 768), (1024, 683), (400, 400), (720, 1280))

@@ -32,10 +32,10 @@ from rich.table import Table
 
 from benchmarks.crash import contents
 from benchmarks.scaling import RULES, Greys, sleeping
-from extract import cluster
 from extract.config import ExtractConfig, RunConfig
-from extract.run import run
-from shards.verify import verify
+from extract.run.run import run
+from extract.workers import cluster
+from shards.inspect.verify import verify
 
 IMAGES = 4
 WORKERS_PER_NODE = 2

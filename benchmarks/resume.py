@@ -19,11 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests import tiny_text
-from tests.training import config_of, die_at_forward, in_processes, write_scenes
+from tests.support import tiny_text
+from tests.support.training import config_of, die_at_forward, in_processes, write_scenes
 from train.checkpoint import Checkpoint, Checkpoints
 from train.lora import train_lora
-from train.stages import quiet
+from train.run import quiet
 from train.vae import save_result, train_vae
 
 STAGES = {"vae": train_vae, "lora": train_lora}

@@ -31,10 +31,10 @@ from diffusers import (
 from rich.console import Console
 from rich.table import Table
 
-from infer.denoiser import JointDenoiser
+from infer.model.denoiser import JointDenoiser
+from infer.model.vae import widen
 from infer.run_folder import manifest_for, save_run
 from infer.sampler import CoGenerator
-from infer.vae import widen
 
 RANK = 32
 MODES = {

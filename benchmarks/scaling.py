@@ -28,10 +28,10 @@ from rich.table import Table
 
 from extract.estimators import Estimator, null
 from extract.estimators.table import Row, Task, fingerprint
-from extract.images import ImageRules
+from extract.images.prepare import ImageRules
+from extract.run.make_shard import UnitWork
+from extract.run.worker import Outcome, WorkerSetup
 from extract.sources import Failure, RawSample, Unit
-from extract.unit import UnitWork
-from extract.worker import Outcome, WorkerSetup
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 from shards.marks import digest
 from shards.sample import member_names
@@ -118,7 +118,7 @@ def measure(workers: int, units: int, images: int, image_s: float) -> dict[str, 
     """Runs workers x units units; what it took."""
     import ray
 
-    from extract import cluster
+    from extract.workers import cluster
 
     task, count = sleeping(image_s), workers * units
     source = Greys((workers + count) * images)

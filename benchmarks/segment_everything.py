@@ -6,11 +6,11 @@
 Each contender runs in a process of its own: seconds an image (the first is not counted), and CPU seconds, which tell more
 on a busy machine; the most memory of the process, on a GPU of the device; and the agreement of its masks with sam2's, or
 without it with the pipeline's: the mean IoU of each of their masks with the best of ours, that of each of ours with the
-best of theirs, and that of the segments of the painted maps. The weights are random (tests/random_sam.py), the
+best of theirs, and that of the segments of the painted maps. The weights are random (tests/support/random_sam.py), the
 configuration is SAM 2.1 tiny; images are renderings of the demo world and scikit-image's photographs in turn.
 
 sam2 is no dependency of ours: --sam2 names the Python of an environment that has it (pip install sam2) and what we need.
---fixture FILE writes sam2's masks of two small images, which tests/test_sam.py compares with ours.
+--fixture FILE writes sam2's masks of two small images, which tests/extract/estimators/test_sam.py compares with ours.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from rich.table import Table
 from skimage import data as photographs
 
 from extract.world import compose, render
-from tests.random_sam import FIXTURE_SETTINGS, FIXTURE_SIDE, FIXTURE_SIZES, THRESHOLDS, sam2_tiny
-from tests.seeded import seeded_picture
+from tests.support.random_sam import FIXTURE_SETTINGS, FIXTURE_SIDE, FIXTURE_SIZES, THRESHOLDS, sam2_tiny
+from tests.support.seeded import seeded_picture
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -325,7 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-pipeline", dest="pipeline", action="store_false", help="without the pipeline: with --sam2"
     )
-    parser.add_argument("--fixture", default="", metavar="FILE", help="only write sam2's masks for tests/test_sam.py")
+    parser.add_argument(
+        "--fixture", default="", metavar="FILE", help="only write sam2's masks for tests/extract/estimators/test_sam.py"
+    )
     parser.add_argument("--only", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--out", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -35,14 +35,14 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from benchmarks.slow_store import BUCKET, slow_store
+from shards.core.memory import keep_memory
+from shards.core.storage import Folder
 from shards.dataset import Dataset, add_counts, write_info
 from shards.intrinsics import INTRINSICS, IntrinsicMap, describe_segments, order_segments
-from shards.loader import StreamLoader
-from shards.memory import keep_memory
-from shards.order import Order, Sampler
 from shards.sample import Sample, encode_meta, member_names
-from shards.storage import Folder
 from shards.stream import Item, Stream
+from shards.stream.loader import StreamLoader
+from shards.stream.order import Order, Sampler
 from shards.writer import ShardWriter
 
 WARM_UP = 512

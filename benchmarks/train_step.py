@@ -32,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.sampling import UNETS, build
-from infer.vae import widen
-from train.base_networks import make_tokenizer
+from infer.model.vae import widen
 from train.config import load_train_config
 from train.data import Batch, Sample
+from train.demo.base_networks import make_tokenizer
 from train.lora import make_task
 
 RANK, TOKENS = 32, 77

@@ -6,8 +6,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shards import cli
-from shards.errors import UsageError
+from shards.core import cli
+from shards.core.errors import UsageError
 
 app = cli.new_app("Image-text data -> shards with depth, normals, segmentation and line drawing.")
 
@@ -107,7 +107,7 @@ def main(
         return
     if data is None:
         raise UsageError("say what to extract: python -m extract DATA, such as demo or a folder; --help shows more")
-    from extract.run import run
+    from extract.run.run import run
 
     options: dict[str, dict[str, Any]] = {
         "image": {"size_px": size, "crop": crop, "format": format},
@@ -132,14 +132,14 @@ def main(
     if dry_run and retry_failed:
         raise UsageError("--dry-run plans a first attempt; leave --retry-failed out")
     if dry_run:
-        from extract.plan import make_plan, show
+        from extract.run.plan import make_plan, show
 
         show(make_plan(config))
         return
     summary = run(config, retry_failed=retry_failed)
     _print_summary(summary)
     if gallery:
-        from shards.gallery import write_gallery
+        from shards.inspect.gallery import write_gallery
 
         print(f"gallery: {write_gallery(config.out)}")
     print(f"next:    python -m shards stats {config.out}   |   python -m shards verify {config.out}")

@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from extract.images import ImageRules
+from extract.images.prepare import ImageRules
 from extract.sources.table import settings_of
-from shards.config import load_config, read_toml
-from shards.errors import UsageError
+from shards.core.config import load_config, read_toml
+from shards.core.errors import UsageError
 from shards.intrinsics import INTRINSICS
 
 

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from infer.shipped import resolve, usual_guidance
-from shards.cli import DebugOption, new_app, run
-from shards.errors import UsageError
+from infer.embedded import resolve, usual_guidance
+from shards.core.cli import DebugOption, new_app, run
+from shards.core.errors import UsageError
 
 app = new_app(
     """The model: images together with their depth, normals, segmentation and line drawing.
@@ -91,9 +91,9 @@ def sample(
     if base == "demo":
         _say_unknown_words(asked)
 
+    from infer.jobs import Request, jobs_for
     from infer.outputs import maker
     from infer.run_folder import load_manifest
-    from infer.work import Request, jobs_for
 
     request = Request(
         base=base,
@@ -138,10 +138,10 @@ def _make(
     request: Any, manifest: Any, jobs: list[Any], out: str, shards: bool, shard_size: int, how: dict[str, Any]
 ) -> None:
     """Paints and writes the jobs, with a progress bar on stderr and a summary on stdout."""
-    from infer.generated import write_dataset
+    from infer.dataset import write_dataset
+    from infer.jobs import paint_all
     from infer.outputs import is_written, write_sample
-    from infer.work import paint_all
-    from shards.storage import Folder
+    from shards.core.storage import Folder
 
     started = perf_counter()
     with Progress(
@@ -181,14 +181,14 @@ def schedule(
     name: Annotated[
         str, typer.Argument(help="gaussian, drop, joint, off; with settings; or a table's file.")
     ] = "gaussian",
-    stages: Annotated[str, typer.Option(help="Of which kind of base: a name in infer/stages.toml.")] = "unet4",
+    stages: Annotated[str, typer.Option(help="Of which kind of base: a name in infer/model/stages.toml.")] = "unet4",
     plot: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .png, too.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Shows w(l, t): a line for each timestep, from noise to image, and a column for each stage of the network."""
+    from infer.model.schedules import grid_text
+    from infer.model.stages import stage_maps
     from infer.schedule_plot import plot_schedules
-    from infer.schedules import grid_text
-    from infer.stages import stage_maps
 
     maps = stage_maps()
     if stages not in maps:

@@ -18,8 +18,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from infer.vae import encode, full_precision
-from shards.errors import UsageError, UserError
+from infer.model.vae import encode, full_precision
+from shards.core.errors import UsageError, UserError
 from shards.intrinsics import IntrinsicMap
 from shards.packing import SLICES, pack
 

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from infer.denoiser import Share
-from infer.result import Generated
+from infer.decode import Generated
+from infer.model.denoiser import Share
 from infer.run_folder import Manifest
-from shards.display import sheet
-from shards.errors import UserError
+from shards.core.errors import UserError
+from shards.core.storage import Folder
+from shards.inspect.display import sheet
 from shards.intrinsics import INTRINSICS, IntrinsicMap
 from shards.marks import digest
 from shards.quality import quality_scores
 from shards.sample import Sample, encode_meta
-from shards.storage import Folder
 
 IMAGE = "png"
 SHEET_PX = (192, 512)  # the longer side of each picture of a sheet, at least and at most

@@ -21,14 +21,14 @@ from typing import Any
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
-from infer.bases import Base, describe_base, misfit
-from infer.lora import LoraWeights, read_lora, save_lora
-from infer.separate_vae import SeparateVae
-from infer.stages import StageMap, stage_map_of
-from shards.config import load_config
-from shards.errors import UsageError, UserError
+from infer.bases.loading import Base, describe_base, misfit
+from infer.model.lora import LoraWeights, read_lora, save_lora
+from infer.model.separate_vae import SeparateVae
+from infer.model.stages import StageMap, stage_map_of
+from shards.core.config import load_config
+from shards.core.errors import UsageError, UserError
+from shards.core.storage import Folder
 from shards.packing import CHANNELS, SLICES, DepthRange
-from shards.storage import Folder
 
 VERSION = 1
 MANIFEST, LORA, VAE = "manifest.json", "lora.safetensors", "vae"
@@ -73,7 +73,7 @@ class Manifest:
     """What a run is, and the base that it fits.
 
     shared_vae: whether one VAE encodes all intrinsics into one stream, as in the method, or each is a picture to the base's
-    own VAE in a stream of its own (the paper's ablation, Tab. 5; infer.separate_vae). training: the resolved training
+    own VAE in a stream of its own (the paper's ablation, Tab. 5; infer.model.separate_vae). training: the resolved training
     configuration. files: sha256 of each file, filled in by save_run.
     """
 

@@ -23,16 +23,16 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
-from infer.bases import describe_base, network_of, open_base, prediction_type_of
+from infer.bases.loading import describe_base, network_of, open_base, prediction_type_of
+from infer.bases.prompts import as_batch, encode_prompts, image_size, noise_and_generators
 from infer.condition import Given, Known, KnownStreams, known_latents
-from infer.denoiser import JointDenoiser
-from infer.prompts import as_batch, encode_prompts, image_size, noise_and_generators
-from infer.result import Generated, decode_images, decode_intrinsics, is_finite
+from infer.decode import Generated, decode_images, decode_intrinsics, is_finite
+from infer.embedded import GUIDANCE, resolve
+from infer.model.denoiser import JointDenoiser
+from infer.model.schedules import Schedule
+from infer.model.stages import StageMap, stage_map_of
 from infer.run_folder import Run, load_run
-from infer.schedules import Schedule
-from infer.shipped import GUIDANCE, resolve
-from infer.stages import StageMap, stage_map_of
-from shards.errors import UsageError, UserError
+from shards.core.errors import UsageError, UserError
 from shards.packing import DepthRange
 
 STEPS = 25  # the paper's

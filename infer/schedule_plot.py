@@ -14,9 +14,9 @@ from xml.sax.saxutils import escape
 
 from PIL import Image, ImageDraw, ImageFont
 
-from infer.schedules import Schedule
-from infer.stages import stage_maps
-from shards.errors import UserError
+from infer.model.schedules import Schedule
+from infer.model.stages import stage_maps
+from shards.core.errors import UserError
 
 WIDTH, LEFT, RIGHT, CELL = 760, 64, 96, 4  # pixels: the picture, its margins, one timestep cell's width
 PAPER, INK = (255, 255, 255), (34, 34, 34)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shards.cli import DebugOption, new_app, run
+from shards.core.cli import DebugOption, new_app, run
 
 app = new_app(
     "Looks at and looks after datasets of images with depth, normals, segments and line drawings.\n\n"
@@ -31,8 +31,8 @@ def verify(
 
     Prints one sentence for each problem, with what to do, and exits with status 1 if there is one.
     """
-    from shards.stats import size
-    from shards.verify import verify as check
+    from shards.inspect.stats import size
+    from shards.inspect.verify import verify as check
 
     with _bar("verifying") as bar:
         task = bar.add_task("verifying", total=None)
@@ -60,8 +60,8 @@ def stats(
     debug: DebugOption = False,
 ) -> None:
     """Shows counts, failures by reason, sizes, captions, quality scores, and distributions of each map."""
-    from shards.stats import show as show_figures
-    from shards.stats import stats as gather
+    from shards.inspect.stats import show as show_figures
+    from shards.inspect.stats import stats as gather
 
     with _bar("decoding") as bar:
         task = bar.add_task("decoding", total=None)
@@ -85,7 +85,7 @@ def show(
     Next: `python -m shards list --keys URL` shows the keys; `python -m shards gallery URL` shows many samples.
     """
     from shards.dataset import Dataset
-    from shards.display import sheet
+    from shards.inspect.display import sheet
 
     sample = Dataset.open(url).read(key)
     print(_one_line(sample.caption))
@@ -93,7 +93,7 @@ def show(
     for name, data in sample.members.items():
         print(f"{key}.{name}  {len(data):,} bytes")
     if save is not None:
-        from shards.storage import Folder
+        from shards.core.storage import Folder
 
         picture = sheet([(sample.image(), sample.maps(), sample.caption)], size)
         Folder(save.absolute().parent).write(save.name, _png(picture))
@@ -111,9 +111,9 @@ def sheet(
     """Writes a picture of the first samples: image and maps side by side, captions below."""
     from itertools import islice
 
+    from shards.core.storage import Folder
     from shards.dataset import Dataset
-    from shards.display import sheet as draw
-    from shards.storage import Folder
+    from shards.inspect.display import sheet as draw
 
     dataset = Dataset.open(url)
     samples = islice((sample for shard in dataset.shard_names() for sample in dataset.samples(shard)), rows)
@@ -137,7 +137,7 @@ def list_(
     dataset = Dataset.open(url)
     for mark in dataset.marks():
         if keys:
-            from shards.stats import by_place
+            from shards.inspect.stats import by_place
 
             print(*map(_one_line, by_place(mark)), sep="\n", end="\n" if mark["index"] else "")
         elif failures:
@@ -159,7 +159,7 @@ def gallery(
     debug: DebugOption = False,
 ) -> None:
     """Writes URL/gallery.html: one page, without network, with samples, maps, figures and failures."""
-    from shards.gallery import write_gallery
+    from shards.inspect.gallery import write_gallery
 
     with _bar("drawing") as bar:
         task = bar.add_task("drawing", total=None)
@@ -184,10 +184,10 @@ def forget(
     Only the shards concerned are written again. The same command again is harmless.
     A gallery page of the dataset is removed, since it may show them; `python -m shards gallery URL` writes a new one.
     """
-    from shards.forget import Forgotten
-    from shards.forget import forget as remove
-    from shards.gallery import GALLERY
-    from shards.storage import Folder
+    from shards.core.storage import Folder
+    from shards.edit.forget import Forgotten
+    from shards.edit.forget import forget as remove
+    from shards.inspect.gallery import GALLERY
 
     wanted = Forgotten.of(key or [], image_url or [], hash_ or [])
     with _bar("searching") as bar:
@@ -207,7 +207,7 @@ def dedup(url: Url, debug: DebugOption = False) -> None:
     Of equal images the first in the dataset's order stays. Only the shards concerned are written again; removed samples
     are listed like forgotten ones, and do not come back. The same command again is harmless.
     """
-    from shards.dedup import dedup as remove
+    from shards.edit.dedup import dedup as remove
 
     with _bar("reading") as bar:
         task = bar.add_task("reading", total=None)
@@ -233,7 +233,7 @@ def select(
     image.aspect, or key_share, a number in [0, 1) made of the key.
     """
     from shards.dataset import Dataset
-    from shards.select import select as ask
+    from shards.stream.select import select as ask
 
     with _bar("asking") as bar:
         task = bar.add_task("asking", total=None)

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from shards.errors import UserError
+from shards.core.errors import UserError
+from shards.core.storage import Folder
 from shards.marks import DATASET, VERSION, seal, unseal
 from shards.sample import MAX_MEMBER_BYTES, Sample, SampleError
-from shards.storage import Folder
 from shards.tar import read_samples
 from shards.writer import read_mark
 

@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from shards.errors import UsageError
+from shards.core.errors import UsageError
 from shards.intrinsics import IntrinsicMap, describe_segments, order_segments
 
 

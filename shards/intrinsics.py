@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from shards.errors import UserError
+from shards.core.errors import UserError
 
 DEPTH_NEAR_M, DEPTH_FAR_M = 0.05, 1000.0  # the fixed range of metric depth codes
 DEPTH_KINDS = ("metric", "relative")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shards.errors import UserError
+from shards.core.errors import UserError
 
 VERSION = 1
 DATASET = "dataset.json"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shards.errors import UserError
+from shards.core.errors import UserError
 from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap, MapError
 
 IMAGE_MEMBERS = ("jpg", "png", "webp")

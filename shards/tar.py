@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-from shards.errors import UserError
+from shards.core.errors import UserError
 from shards.sample import MAX_MEMBER_BYTES, SampleError, check_key
 
 BLOCK = 512

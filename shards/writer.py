@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from shards.errors import UserError
+from shards.core.errors import UserError
+from shards.core.storage import WRITING, Folder
 from shards.marks import VERSION, MarkError, canonical, seal, shard_name, unseal
 from shards.sample import SampleError
-from shards.storage import WRITING, Folder
 from shards.tar import TarWriter
 
 _SUFFIXES = ("tar", "failed.jsonl", "json")  # in the order of publication: the mark is last

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from extract.download import Downloader, DownloadSettings
-from tests.downloads import QUICK
-from tests.url_tables import Sources
-from tests.web import Web, photograph
+from extract.download.downloader import Downloader, DownloadSettings
+from tests.support.downloads import QUICK
+from tests.support.url_tables import Sources
+from tests.support.web import Web, photograph
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from shards import cli
-from shards.errors import UsageError
+from shards.core import cli
+from shards.core.errors import UsageError
 
 app = cli.new_app("Training: shards -> intrinsic VAE -> LoRA; and the recipes that made the embedded models.")
 
@@ -31,7 +31,7 @@ def estimator(
 
     The same command again continues a run that was stopped. Next: `python -m benchmarks.accuracy --weights OUT`.
     """
-    from train.estimator import EstimatorTraining, train_estimator
+    from train.demo.estimator import EstimatorTraining, train_estimator
 
     folder = train_estimator(EstimatorTraining(out=out, scenes=scenes, chunks=chunks, steps=steps, workers=workers))
     print(f"checkpoint: {folder}; measure it with: python -m benchmarks.accuracy --weights {folder}")
@@ -59,8 +59,8 @@ def base(
 
     The same command again continues. Next: `python -m infer sample --base OUT/pipeline`, or `train vae --base OUT/pipeline`.
     """
-    from infer.shipped import resolve
-    from train.base import BaseTraining, train_base
+    from infer.embedded import resolve
+    from train.demo.text_to_image import BaseTraining, train_base
 
     if pretrained and vae:
         raise UsageError("--pretrained brings its own VAE: leave --vae out")
@@ -80,8 +80,8 @@ def detector(
 
     The same command again continues. Next: `python -m infer evaluate --detector OUT`.
     """
-    from train.close import CloseTraining, train_close
-    from train.detector import DetectorTraining, train_detector
+    from train.demo.crop_nets import CloseTraining, train_close
+    from train.demo.pixel_net import DetectorTraining, train_detector
 
     train_detector(DetectorTraining(shards=shards, out=out))
     for name in ("things", "pairs"):
@@ -106,7 +106,7 @@ def scenes(
     """
     from rich.progress import Progress
 
-    from train.truth import TruthSettings, write_truth
+    from train.demo.ground_truth import TruthSettings, write_truth
 
     with Progress() as progress:
         task = progress.add_task("rendering scenes", total=count)
@@ -207,9 +207,9 @@ def cache(
 
     The same command again continues. Caches that do not fit a training are refused by it, never used.
     """
-    from shards.config import load_config
-    from train.cache import make_caches
-    from train.cache_shard import CacheConfig
+    from shards.core.config import load_config
+    from train.cache.make_shard import CacheConfig
+    from train.cache.run import make_caches
 
     if in_place == (out is not None):
         raise UsageError("give either --out, a folder for the dataset with caches, or --in-place")
@@ -239,7 +239,7 @@ def _train(
     settings: list[str] | None,
 ) -> None:
     from train.config import load_train_config
-    from train.stages import run_stages
+    from train.run import run_stages
 
     given: dict[str, Any] = {"base": base, "shards": shards, "out": out, "start": start, "other_weights": other_weights}
     config = load_train_config(recipe, **given, settings=settings or ())

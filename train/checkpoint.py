@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shards.errors import UserError
-from shards.storage import Folder
+from shards.core.errors import UserError
+from shards.core.storage import Folder
 
 STATE = "state.json"
 _PARTS = ("weights", "average", "optimiser")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from extract.config import merge, parse_setting
-from infer.shipped import GUIDANCE
-from shards.config import load_config, read_toml
-from shards.errors import UsageError
+from infer.embedded import GUIDANCE
+from shards.core.config import load_config, read_toml
+from shards.core.errors import UsageError
 from shards.intrinsics import INTRINSICS
 
 
@@ -34,7 +34,7 @@ class DataConfig:
     crop: "center" or "random", of the largest square. flip: the share of samples that are mirrored; mirror_captions: the
     words left and right then change places in their captions. held_out: the share of keys, chosen by their hash, that is
     never trained on; validation: at most so many of them are measured.
-    where: conditions on the samples' metadata (shards.select), such as "quality.normal_depth_angle < 30".
+    where: conditions on the samples' metadata (shards.stream.select), such as "quality.normal_depth_angle < 30".
     window: shards that are shuffled together. workers: loader processes. memory_gb: a dataset that fits (it must be
     cropped at the centre) is decoded once and kept; loader processes are not needed then. 0: never.
     """

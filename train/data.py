@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.errors import UsageError
+from shards.core.errors import UsageError
 from shards.geometry import square
 from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap
-from shards.loader import StreamLoader
-from shards.order import Sampler
 from shards.packing import CHANNELS, SLICES, DepthRange, depth_range, pack, valid_mask
-from shards.select import KEY_SHARE, image_size
 from shards.stream import Item, Stream
-from train.cached import LATENTS, TEXT, LatentsSpec, TextSpec, cached_latents, cached_text
+from shards.stream.loader import StreamLoader
+from shards.stream.order import Sampler
+from shards.stream.select import KEY_SHARE, image_size
+from train.cache.format import LATENTS, TEXT, LatentsSpec, TextSpec, cached_latents, cached_text
 from train.config import DataConfig
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Caches:
-    """By what the caches in the shards must have been made (train.cached)."""
+    """By what the caches in the shards must have been made (train.cache.format)."""
 
     latents: LatentsSpec
     text: TextSpec
@@ -177,7 +177,7 @@ def _from_caches(item: Item, rng: np.random.Generator, config: DataConfig, cache
 class Samples:
     """The training samples by position, and the held-out ones.
 
-    keep: a folder for what was found out about the datasets (shards.select). caches: read these instead of images and
+    keep: a folder for what was found out about the datasets (shards.stream.select). caches: read these instead of images and
     maps. A dataset that fits config.memory_gb is decoded once: in_memory says so.
     """
 

@@ -20,8 +20,8 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from shards.errors import UserError
-from shards.order import Sampler
+from shards.core.errors import UserError
+from shards.stream.order import Sampler
 from train.checkpoint import Checkpoint, Checkpoints, optimiser_tensors, restore_optimiser
 from train.config import LoopConfig
 from train.data import Batch, Draw, Samples

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from infer.vae import full_precision, scaled
-from train.cached import encode_text
+from infer.model.vae import full_precision, scaled
+from train.cache.format import encode_text
 from train.data import Batch, Sample
 
 

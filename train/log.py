@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.errors import UserError
-from shards.storage import Folder
+from shards.core.errors import UserError
+from shards.core.storage import Folder
 
 
 class Log:

@@ -17,25 +17,25 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from infer.bases import describe_base, network_of, open_base, prediction_type_of
+from infer.bases.loading import describe_base, network_of, open_base, prediction_type_of
+from infer.model.separate_vae import SeparateVae
 from infer.run_folder import manifest_for, save_run
-from infer.separate_vae import SeparateVae
+from shards.core.errors import UserError
 from shards.dataset import Dataset
-from shards.errors import UserError
 from shards.packing import SLICES
-from train.cached import fitting_caches, weights_digest
+from train.cache.format import fitting_caches, weights_digest
 from train.config import LoraConfig, TrainConfig
+from train.cuda_graph import GraphedNetwork
 from train.data import Batch, Caches, Sample, Samples, generator_of
 from train.diffusion_loss import noised, snr_weight, stream_loss, target
 from train.engine import Outcome, Validation, make_accelerator, precision, train
-from train.graphed import GraphedNetwork
 from train.latents import Encoder
 from train.network import encode_nothing, network_arguments, signal_levels
 from train.sheets import TrainingGenerator, sample_sheet
-from train.start import begin_with, started_from
 from train.streams import Streams, make_streams
 from train.vae import STAGE as STAGE_ONE
 from train.vae import trained_vae
+from train.warm_start import begin_with, started_from
 
 DRAWS, MEASURE = 2, 3  # purposes of this stage's generators (train.data.generator_of)
 SEEN_OFTEN, SEEN_OFTEN_ON_CPU = 4, 10
@@ -246,7 +246,7 @@ def make_task(
     if device.type == "cpu" and precision(lora.loop, device) == torch.bfloat16:
         for layer in network_of(pipeline).modules():
             if isinstance(layer, Attention) and layer.is_cross_attention:
-                layer.set_processor(AttnProcessor())  # as infer.attention.attend: plain products are faster
+                layer.set_processor(AttnProcessor())  # as infer.model.attention.attend: plain products are faster
     if run := started_from(config, pipeline):
         begin_with(run, streams, config)
     without = tuple(SLICES[name] for name in lora.without)

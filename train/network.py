@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer.bases import network_of, prediction_type_of
-from infer.prompts import encode_prompts
-from shards.errors import UserError
+from infer.bases.loading import network_of, prediction_type_of
+from infer.bases.prompts import encode_prompts
+from shards.core.errors import UserError
 
 
 @torch.no_grad()

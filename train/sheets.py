@@ -9,14 +9,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from infer.bases import describe_base, network_of, prediction_type_of
-from infer.denoiser import JointDenoiser
+from infer.bases.loading import describe_base, network_of, prediction_type_of
+from infer.model.denoiser import JointDenoiser
+from infer.model.separate_vae import SeparateVae
+from infer.model.stages import stage_map_of
 from infer.run_folder import Run, manifest_for
 from infer.sampler import CoGenerator
-from infer.separate_vae import SeparateVae
-from infer.stages import stage_map_of
-from shards.display import sheet
-from shards.errors import UserError
+from shards.core.errors import UserError
+from shards.inspect.display import sheet
 from train.config import LoraConfig
 
 

@@ -8,11 +8,11 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from infer.denoiser import JointDenoiser
-from infer.lora import TARGETS, LoraWeights
-from infer.processor import self_attention_layers
-from infer.schedules import Joint
-from infer.stages import stage_map_of
+from infer.model.denoiser import JointDenoiser
+from infer.model.lora import TARGETS, LoraWeights
+from infer.model.processor import self_attention_layers
+from infer.model.schedules import Joint
+from infer.model.stages import stage_map_of
 from train.config import LoraConfig
 
 

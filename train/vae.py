@@ -18,19 +18,19 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from infer.bases import open_base
-from infer.vae import scaled, widen
-from shards.display import Row, sheet
-from shards.errors import UsageError, UserError
+from infer.bases.loading import open_base
+from infer.model.vae import scaled, widen
+from shards.core.errors import UsageError, UserError
+from shards.core.storage import Folder
+from shards.inspect.display import Row, sheet
 from shards.intrinsics import INTRINSICS
 from shards.packing import CHANNELS, SLICES, unpack
-from shards.storage import Folder
 from train.config import TrainConfig, VaeConfig
 from train.data import Batch, Held, Samples, generator_of
 from train.engine import Outcome, Validation, make_accelerator, train
 from train.metrics import compare, mean_of
-from train.start import ANEW, started_from
 from train.vae_loss import kl, reconstruction, weighted
+from train.warm_start import ANEW, started_from
 
 DRAWS = 1  # purpose of this stage's generators (train.data.generator_of)
 STAGE, RESULT = "training/vae", "vae"

@@ -1,7 +1,7 @@
 """Networks in batches: images brought to the size at which a network works, bucketed by it, and its maps brought back.
 
 Images of one bucket have the same size for the network, so that nothing is ever padded or distorted to make a batch. How
-many images an estimator is given at once is not their affair (extract.batches).
+many images an estimator is given at once is not their affair (extract.run.batches).
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.errors import UsageError
+from shards.core.errors import UsageError
 from shards.intrinsics import DEPTH_NEAR_M, IntrinsicMap
 
 Size = tuple[int, int]

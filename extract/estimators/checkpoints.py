@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
-from shards.storage import Folder
+from shards.core.errors import UserError
+from shards.core.storage import Folder
 
 ANY_FILES = ("*.json", "*.safetensors")
 """The files of a checkpoint folder in the usual form. An entry may list alternatives, `a|b`: the first that is there

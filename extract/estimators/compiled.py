@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from extract.estimators import Estimator
-from shards.errors import UsageError, UserError
+from shards.core.errors import UsageError, UserError
 
 TRIED_PX = 512
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, Resolution, Size, resized, white_on_black
 from extract.estimators.checkpoints import load_strictly, read_weights
-from extract.estimators.controlnet_aux_nets import made_quietly, network_class, without_prefix
+from extract.estimators.nets.controlnet_aux_nets import made_quietly, network_class, without_prefix
 from shards.intrinsics import IntrinsicMap
 
 Draw = Callable[[Any, Tensor], Tensor]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from extract.estimators import Estimator
-from extract.estimators.demo_net import DemoNet, load_demo_net
+from extract.estimators.nets.demo_net import DemoNet, load_demo_net
 from extract.estimators.regions import segments
 from shards.intrinsics import DEPTH_FAR_M, DEPTH_NEAR_M, IntrinsicMap, describe_segments, order_segments
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, Resolution, Size, relative_depth, resized, unit_normals
 from extract.estimators.checkpoints import unreadable
-from shards.errors import UserError
+from shards.core.errors import UserError
 from shards.intrinsics import IntrinsicMap
 
 PIPELINES = {"depth": "MarigoldDepthPipeline", "normal": "MarigoldNormalsPipeline"}

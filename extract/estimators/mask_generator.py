@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from extract.estimators.mask_decoder import GridDecoder, ImageFeatures
-from shards.errors import UsageError
+from extract.estimators.nets.mask_decoder import GridDecoder, ImageFeatures
+from shards.core.errors import UsageError
 
 LOGIT_LIMIT = 1e4  # what half precision holds with ease; much lower, a cut would move the edges of upsampled masks
 STABILITY_SLACK = 0.05

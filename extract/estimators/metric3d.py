@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, Size, metric_depth, normalised, unit_normals, uploaded
 from extract.estimators.checkpoints import load_strictly, read_weights
-from extract.estimators.metric3d_net import FAR_M, SIZES, Metric3DNet, Prediction, from_published
-from shards.errors import UsageError
+from extract.estimators.nets.metric3d_net import FAR_M, SIZES, Metric3DNet, Prediction, from_published
+from shards.core.errors import UsageError
 from shards.intrinsics import IntrinsicMap
 
 CANONICAL_FOCAL_PX = 1000.0

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, Size, metric_depth, unit_normals, uploaded
 from extract.estimators.checkpoints import load_strictly, read_weights
-from extract.estimators.dinov2 import PATCH_PX
-from extract.estimators.moge_net import MoGeConfig, MoGeNet, RawMaps, from_published, view_plane
-from shards.errors import UsageError, UserError
+from extract.estimators.nets.dinov2 import PATCH_PX
+from extract.estimators.nets.moge_net import MoGeConfig, MoGeNet, RawMaps, from_published, view_plane
+from shards.core.errors import UsageError, UserError
 from shards.intrinsics import IntrinsicMap
 
 SIGNS = (1, -1, -1)  # its frame is x right, y down, z away from the camera

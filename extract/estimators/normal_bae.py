@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, Resolution, Size, normalised, resized, unit_normals
 from extract.estimators.checkpoints import load_strictly, read_weights
-from extract.estimators.controlnet_aux_nets import made_quietly, network_class, without_prefix
+from extract.estimators.nets.controlnet_aux_nets import made_quietly, network_class, without_prefix
 from shards.intrinsics import IntrinsicMap
 
 SIGNS = (-1, 1, 1)

@@ -8,7 +8,7 @@ import torch
 
 from extract.estimators.batching import IMAGENET_MEAN, IMAGENET_STD
 from extract.estimators.checkpoints import unreadable
-from shards.errors import UserError
+from shards.core.errors import UserError
 
 PREPROCESSOR = "preprocessor_config.json"
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from extract.estimators import Estimator
 from extract.estimators.batching import IMAGENET_MEAN, IMAGENET_STD, uploaded
 from extract.estimators.checkpoints import unreadable
-from extract.estimators.mask_decoder import GridDecoder, ImageFeatures
 from extract.estimators.mask_generator import Frame, MaskGenerator, Masks, MaskSettings, paint
+from extract.estimators.nets.mask_decoder import GridDecoder, ImageFeatures
 from extract.estimators.pretrained import load_pretrained
-from shards.config import load_config
-from shards.errors import UserError
+from shards.core.config import load_config
+from shards.core.errors import UserError
 from shards.intrinsics import IntrinsicMap, describe_segments, order_segments
 
 CLASSES = {

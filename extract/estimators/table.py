@@ -13,8 +13,8 @@ from typing import Any
 
 from extract.estimators import Estimator
 from extract.estimators.checkpoints import ANY_FILES, Published, Weights, digest_of, locate
-from shards.config import load_config, read_toml
-from shards.errors import UsageError
+from shards.core.config import load_config, read_toml
+from shards.core.errors import UsageError
 from shards.intrinsics import INTRINSICS
 from shards.marks import digest
 
@@ -31,7 +31,7 @@ class Row:
     needed of it (names or patterns); their digest goes into the fingerprint. version: raised whenever the code gives other
     maps for the same weights and settings. free: whether the licence lets everybody use it for everything. architecture:
     names, with blanks between, by which a folder of one's own is recognised. resolution: the size at which it works, in
-    words; the numbers are in the settings. batch: the most images at a time; fewer where memory is short (extract.batches).
+    words; the numbers are in the settings. batch: the most images at a time; fewer where memory is short (extract.run.batches).
     params_m: millions of parameters. image_mb: the memory that one more image of a batch takes, about, in bfloat16 at that
     resolution. compile: whether torch compiles the networks (extract.estimators.compiled). origin: the .toml of a row that
     is not the table's.

@@ -28,7 +28,7 @@ from extract.estimators.batching import (
     resized,
 )
 from extract.estimators.pretrained import load_pretrained, mean_and_std
-from shards.errors import UsageError
+from shards.core.errors import UsageError
 from shards.intrinsics import DEPTH_FAR_M, DEPTH_NEAR_M, IntrinsicMap
 
 KINDS = ("relative", "metric", "canonical")

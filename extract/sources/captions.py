@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extract.sources.files import ReadProblem
-from shards.errors import UsageError
-from shards.storage import Folder
+from shards.core.errors import UsageError
+from shards.core.storage import Folder
 
 CAPTION_FIELDS = ("caption", "text", "prompt", "description", "title")  # in any mix of upper and lower case
 FILE_FIELDS = ("file", "file_name", "filename", "file_path", "filepath", "path", "image", "image_path")

@@ -13,7 +13,7 @@ from typing import Any
 
 from extract.sources import Failure, RawSample, Unit
 from extract.world import Rendering, Scene, compose, render
-from shards.errors import UsageError
+from shards.core.errors import UsageError
 
 WORLD_VERSION = 1
 """Raised whenever the same (seed, index) gives another picture."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.storage import Folder
+from shards.core.storage import Folder
 
 IMAGE_SUFFIXES = frozenset(
     b"." + suffix

@@ -18,8 +18,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
-from extract.filters import Filters
-from extract.images import MAX_BYTES
+from extract.images.prepare import MAX_BYTES
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.captions import (
     MAX_METADATA_BYTES,
@@ -30,8 +29,9 @@ from extract.sources.captions import (
     json_object,
 )
 from extract.sources.files import IMAGE_SUFFIXES, ReadProblem, read, show, split_suffix, walk
-from shards.errors import UsageError
-from shards.storage import Folder
+from extract.sources.filters import Filters
+from shards.core.errors import UsageError
+from shards.core.storage import Folder
 
 MAX_CAPTION_BYTES = 64 << 10
 MAX_STEM = 63  # characters of a key before its digest: 80 in all

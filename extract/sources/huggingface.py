@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from extract.filters import Filters
 from extract.sources import Failure, RawSample, Unit
-from shards.errors import UsageError, UserError
+from extract.sources.filters import Filters
+from shards.core.errors import UsageError, UserError
 
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "captions", "description", "title")
 

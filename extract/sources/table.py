@@ -10,9 +10,9 @@ from typing import Any
 from extract.sources import Source
 from extract.sources.captions import TABLE_SUFFIXES
 from extract.sources.files import IMAGE_SUFFIXES, walk
-from shards.config import load_config
-from shards.errors import UsageError
-from shards.storage import Folder
+from shards.core.config import load_config
+from shards.core.errors import UsageError
+from shards.core.storage import Folder
 
 # kind: (module, settings, source): the names of two classes. Settings are a frozen dataclass; a source that needs no more
 # than its settings is that dataclass itself. Modules are imported when needed.

@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from extract.filters import Filters
 from extract.sources import Failure, RawSample, Unit
+from extract.sources.filters import Filters
 from extract.sources.foreign_tar import Member, scan
-from shards.errors import UsageError, UserError
+from shards.core.errors import UsageError, UserError
 from shards.sample import KEY, MAX_MEMBER_BYTES
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")

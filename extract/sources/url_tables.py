@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from extract.filters import Column, listed
 from extract.sources.captions import MAX_METADATA_BYTES
+from extract.sources.filters import Column, listed
 from extract.sources.tars import expand_braces
-from shards.errors import UsageError, UserError
+from shards.core.errors import UsageError, UserError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _BATCH_ROWS = 4096

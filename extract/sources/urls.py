@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from extract.answers import DownloadProblem
-from extract.download import Batch, Downloaded, Downloader, DownloadSettings
-from extract.filters import Column, Filters, listed
+from extract.download.downloader import Batch, Downloaded, Downloader, DownloadSettings
+from extract.download.responses import DownloadProblem
 from extract.reasons import REASONS
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.captions import checked_caption
 from extract.sources.files import ReadProblem
+from extract.sources.filters import Column, Filters, listed
 from extract.sources.url_tables import Cut, Table, find_tables, read_errors
-from shards.duplicates import Repeats, find_repeats
-from shards.errors import UsageError, UserError
+from shards.core.errors import UsageError, UserError
+from shards.edit.duplicates import Repeats, find_repeats
 
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
 CAPTION_COLUMNS = ("caption", "text", "alt", "alt_text", "prompt", "description", "title")

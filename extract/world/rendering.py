@@ -9,7 +9,7 @@ import numpy as np
 from extract.world.scene import Scene
 from extract.world.shading import shade, to_pixels
 from extract.world.tracing import View, trace
-from shards.errors import UserError
+from shards.core.errors import UserError
 from shards.intrinsics import order_segments
 
 _BRIGHTEST = 1.5

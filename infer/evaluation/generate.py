@@ -17,15 +17,15 @@ import diffusers
 import numpy as np
 import transformers
 
+from infer.embedded import GUIDANCE, resolve
+from infer.jobs import DTYPES
 from infer.outputs import maker
 from infer.run_folder import load_manifest
 from infer.sampler import CoGenerator
-from infer.shipped import GUIDANCE, resolve
-from infer.work import DTYPES
-from shards.errors import UsageError
+from shards.core.errors import UsageError
+from shards.core.storage import Folder
 from shards.intrinsics import IntrinsicMap
 from shards.marks import digest
-from shards.storage import Folder
 
 BASE = "base"
 APART = 1000

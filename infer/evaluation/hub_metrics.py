@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from infer.evaluation.generate import Arrays
-from shards.errors import UserError
+from shards.core.errors import UserError
 
 
 class Judge(Protocol):

@@ -22,7 +22,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from infer.evaluation.generate import Arrays
-from shards.errors import UserError
+from shards.core.errors import UserError
 
 WEIGHTS, TEXT_CONFIG = "ImageReward.pt", "med_config.json"
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the rewards, as published

@@ -11,7 +11,8 @@ import numpy as np
 
 from extract.world import Rendering, compose, render
 from infer.evaluation.agreement import Estimators
-from infer.evaluation.detector import SHIPPED
+from infer.evaluation.demo.detector import Detector
+from infer.evaluation.demo.pixel_net import SHIPPED
 from infer.evaluation.generate import (
     BASE,
     Arrays,
@@ -26,17 +27,16 @@ from infer.evaluation.generate import (
     write_arrays,
 )
 from infer.evaluation.hub_metrics import Judge
-from infer.evaluation.objects import Detector
 from infer.evaluation.report import CMMD_CLIP, GROUPS, Row, Scored, as_json, join, markdown, rows_of
 from infer.evaluation.scores import AGREE, LAYOUT, PLAUSIBLE, Measure, Scorer
 from infer.evaluation.sets import UNSEEN, PromptSet
 from infer.evaluation.sheet import grid
-from shards.config import read_toml
-from shards.display import picture
-from shards.errors import UsageError
+from shards.core.config import read_toml
+from shards.core.errors import UsageError
+from shards.core.storage import Folder
+from shards.inspect.display import picture
 from shards.intrinsics import INTRINSICS
 from shards.marks import digest
-from shards.storage import Folder
 
 RENDERINGS = "renderings"
 """The row of real pictures: what the measures say of scenes that are right by construction."""

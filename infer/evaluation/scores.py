@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from extract.world.grammar import is_caption, parse
 from infer.evaluation.agreement import ENLARGED_PX, Estimators, agreement, resized
-from infer.evaluation.detector import Seen
+from infer.evaluation.demo.detector import Detector
+from infer.evaluation.demo.layout import Found, judge
+from infer.evaluation.demo.pixel_net import Seen
+from infer.evaluation.demo.plausibility import plausibility
 from infer.evaluation.generate import Arrays, maps_of
-from infer.evaluation.grammar import is_caption, parse
 from infer.evaluation.hub_metrics import Judge
-from infer.evaluation.layout import Found, judge
-from infer.evaluation.objects import Detector
-from infer.evaluation.plausibility import plausibility
 from shards.intrinsics import IntrinsicMap
 from shards.marks import digest
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from extract.world import compose
-from infer.evaluation.grammar import is_caption, parse
-from shards.errors import UsageError
+from extract.world.grammar import is_caption, parse
+from shards.core.errors import UsageError
 
 DATA = Path(__file__).with_name("data")
 UNSEEN = 606

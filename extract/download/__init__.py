@@ -1,0 +1,1 @@
+"""Downloads from the public internet: bounded, polite, and trusting nothing."""

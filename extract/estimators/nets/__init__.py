@@ -1,0 +1,1 @@
+"""Networks of estimators that no library has."""

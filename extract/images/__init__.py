@@ -1,0 +1,1 @@
+"""From the bytes of any image file to pixels: what it is, its orientation, size and colour."""

@@ -1,0 +1,1 @@
+"""The run of an extraction: plan, workers' tasks, shards, retries, progress."""

@@ -1,0 +1,378 @@
+"""The driver of an extraction: plans units, gives them to workers, and closes the dataset when all are committed.
+
+Its memory does not grow with the number of units but for one small number each. Stopped at any instant, the same call
+goes on: units whose shard is committed, and was made with the same settings, are counted and not done again.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from extract.config import ExtractConfig
+from extract.estimators.table import Task, find_set, fingerprint, tasks_of
+from extract.run import retries
+from extract.run.make_shard import UnitWork
+from extract.run.progress import Reporter
+from extract.run.worker import Outcome, WorkerSetup
+from extract.sources import Source, Unit
+from extract.sources.table import open_source
+from shards.core.errors import TooManyFailures, UserError
+from shards.core.storage import WRITING, Folder
+from shards.counts import Standing, is_drop
+from shards.dataset import Dataset, write_info
+from shards.intrinsics import INTRINSICS
+from shards.marks import DATASET, digest, shard_name
+from shards.sample import member_names
+from shards.writer import read_mark, recover
+
+if TYPE_CHECKING:
+    from extract.workers import cluster  # imports Ray, which a complete dataset does not need
+
+_MOST_SHARDS = 10_000_000
+
+
+@dataclass
+class Summary:
+    """What a run did. shards and stand are of the whole dataset, the rest of this run only."""
+
+    out: str
+    shards: int = 0
+    stand: Standing = field(default_factory=Standing)
+    made: int = 0
+    seconds: float = 0.0
+    stages: Counter[str] = field(default_factory=Counter)
+
+
+def run(
+    config: ExtractConfig,
+    *,
+    retry_failed: bool = False,
+    source: Source | None = None,
+    tasks: Sequence[Task] | None = None,
+) -> Summary:
+    """Extracts, or goes on with an extraction; returns when the dataset is complete.
+
+    retry_failed: then try again, in further shards, what failed for a reason that may have passed (extract.run.retries).
+    source, tasks: instead of those that the configuration names. Raises UserError with a sentence if it cannot finish;
+    TooManyFailures, after finishing, if more inputs failed than run.max_failed allows.
+    """
+    source = source or open_source(config.source)
+    tasks = list(tasks_of(find_set(config.run.estimators), config.run.only) if tasks is None else tasks)
+    if retry_failed:
+        retries.check(source)
+    folder = Folder(config.out)
+    folder.make()
+    info, finishing = _describe(folder, config, source, tasks)
+    begin, size = time.monotonic(), config.run.shard_size
+    stop = _Stop()
+    with Reporter(_total(source, config.run.limit)) as reporter, stop.listening(), contextlib.ExitStack() as stack:
+        tally = _Tally(Summary(config.out), reporter, stop)
+        crew = _Crew(folder, source, config, info, tasks, tally, stack)
+        crew.work(source.units(size, config.run.limit))
+        if retry_failed and not (info["retries"] and finishing):
+            info["retries"].append(retries.new_round(tally.shards))
+        before = range(0)
+        for round_ in list(info["retries"]):
+            before, round_["first"] = range(before.stop, tally.shards), tally.shards
+            if tally.try_again(round_):
+                crew.work(retries.units(source, folder, before, round_, size))
+            else:
+                info["retries"].remove(round_)
+    summary = tally.summary
+    summary.shards = tally.shards
+    summary.seconds = time.monotonic() - begin
+    _close(folder, info, tally)
+    stand = summary.stand
+    if stand.failed_share > config.run.max_failed:
+        raise TooManyFailures(
+            f"{stand.failed.total()} of {stand.inputs - stand.dropped.total()} inputs failed ({stand.failed_share:.1%}), "
+            f"more than --max-failed {config.run.max_failed:.0%}; the dataset is complete without them: see `python -m "
+            f"shards stats {config.out}`, or allow more"
+        )
+    return summary
+
+
+# ---- what is to be done ----------------------------------------------------------------------------------------------
+
+
+def _describe(
+    folder: Folder, config: ExtractConfig, source: Source, tasks: Sequence[Task]
+) -> tuple[dict[str, Any], bool]:
+    """dataset.json for this run, and whether an earlier run began and did not end.
+
+    Raises UserError if the folder holds a dataset of other images.
+    """
+    made = {name: fingerprint(task.row) for task in tasks for name in task.intrinsics}
+    rounds: list[dict[str, Any]] = []
+    finishing = False
+    described = {"source": source.describe(), **config.identity(), "limit": config.run.limit}
+    if folder.exists(DATASET):
+        old = Dataset.open(folder.url).info
+        differing = sorted(key for key in described if key != "limit" and described[key] != old["config"].get(key))
+        if _beyond(old["config"].get("limit"), config.run.limit):
+            differing.append("limit")  # it may grow only: shards are never taken away
+        rounds, finishing = list(old.get("retries") or ()), old["totals"] is None
+        if rounds and old["config"].get("limit") != config.run.limit and "limit" not in differing:
+            differing.append("limit")  # nor may it grow once shards of a further attempt follow
+        if differing:
+            names = ", ".join(f"{key} ({_difference(old['config'].get(key), described[key])})" for key in differing)
+            raise UserError(
+                f"{config.out} holds a dataset that was made with other settings: {names}; choose another --out"
+            )
+        made = {**old["estimators"], **made}
+    elif others := [name for name in folder.list() if name.endswith((".tar", ".json"))]:
+        raise UserError(f"{config.out} is not empty and holds no dataset ({others[0]}, ...); choose another --out")
+    made = {name: made[name] for name in INTRINSICS if name in made}
+    info = {
+        "recipe": config.name,
+        "config": described,
+        "image": config.image.format,
+        "members": member_names(config.image.format, tuple(made)),
+        "depth_kind": "",
+        "estimators": made,
+        "retries": rounds,
+        "shards": None,
+        "totals": None,
+    }
+    return info, finishing
+
+
+def _beyond(old: int | None, new: int | None) -> bool:
+    """Whether a limit (None: no limit) lets more inputs in than another."""
+    return new is not None and (old is None or old > new)
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Where two settings differ, for a message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(
+            f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)
+        )
+    return f"was {old!r}, is {new!r}"
+
+
+def _begun(folder: Folder) -> bytearray:
+    """By number: the shards that are committed, or whose writer died while it did so."""
+    marks = (name.removesuffix(".json") for name in folder.list() if name.endswith(".json"))
+    winners = (name.removesuffix(".winner") for name in folder.list(WRITING) if name.endswith(".winner"))
+    begun = bytearray()
+    for stem in (*marks, *winners):
+        if stem.isdigit() and int(stem) < _MOST_SHARDS:
+            begun.extend(bytes(max(0, int(stem) + 1 - len(begun))))
+            begun[int(stem)] = 1
+    return begun
+
+
+# ---- the work --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    """Listens to the work: counts what is finished, and tells the person who waits."""
+
+    summary: Summary
+    reporter: Reporter
+    stop: "_Stop"
+    ok: "array[int]" = field(default_factory=lambda: array("q"))
+    """The samples of each shard; -1 for one that is not finished."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """The lines of all shards' failures, by reason."""
+    failed_since: Counter[str] = field(default_factory=Counter)
+    """Of these, the lines since the last round of retries began."""
+
+    @property
+    def shards(self) -> int:
+        return len(self.ok)
+
+    def count(self, index: int, counts: dict[str, Any], *, again: bool) -> None:
+        """Counts a shard that is finished; `again` if an earlier run made it."""
+        self.summary.stand.add(counts)
+        self.failed.update(counts["failed"])
+        self.failed_since.update(counts["failed"])
+        if index >= len(self.ok):
+            self.ok.extend([-1] * (index + 1 - len(self.ok)))
+        self.ok[index] = counts["ok"]
+        self.reporter.advance(counts["in"], _failures(counts), again=again)
+
+    def try_again(self, round_: dict[str, Any]) -> bool:
+        """Whether the round has anything to do; then it begins: what it tries again counts no longer."""
+        failed = retries.again(self.failed_since, round_)
+        self.failed_since.clear()
+        self.summary.stand.supersede(failed)
+        self.reporter.expect_more(failed.total())
+        return bool(failed)
+
+    def finished(self, unit: Unit, outcome: Outcome) -> None:
+        self.count(unit.index, outcome.counts, again=False)
+        self.summary.made += outcome.counts["in"]
+        self.summary.stages.update(outcome.timings)
+
+    def working(self, done: int, failed: int) -> None:
+        self.stop.check()
+        self.reporter.working(done, failed)
+
+    def say(self, sentence: str) -> None:
+        self.reporter.say(sentence)
+
+
+def _failures(counts: dict[str, Any]) -> int:
+    return sum(count for reason, count in counts["failed"].items() if not is_drop(reason))
+
+
+@dataclass
+class _Crew:
+    """Does units, and starts Ray and its workers for the first that is not done yet; `stack` ends them."""
+
+    folder: Folder
+    source: Source
+    config: ExtractConfig
+    info: dict[str, Any]
+    tasks: Sequence[Task]
+    tally: _Tally
+    stack: contextlib.ExitStack
+    _staff: "tuple[cluster.Pool, Callable[[], int] | None] | None" = None
+
+    def work(self, units: Iterable[Unit]) -> None:
+        """Does all units that are not done; returns when they are committed."""
+        from extract.workers import cluster
+
+        jobs = self._jobs(units)
+        first = next(jobs, None)
+        if first is not None:  # Ray is not even started for a dataset that is complete
+            write_info(self.folder, self.info)
+            self._staff = self._staff or self._start()
+            pool, capacity = self._staff
+            cluster.Dispatcher(pool, jobs, self.tally, capacity).work(first)
+
+    def _jobs(self, units: Iterable[Unit]) -> "Iterator[cluster.Job]":
+        """The jobs that are not done yet, lazily and in order; those that are done are counted."""
+        from extract.workers.cluster import Job
+
+        begun = _begun(
+            self.folder
+        )  # no others need be looked for, which would cost an object store several requests each
+        ids = {name: row["id"] for name, row in self.info["estimators"].items()}
+        for unit in units:
+            made = {"unit": digest({"items": unit.items}), "estimators": ids}
+            if unit.index < len(begun) and begun[unit.index]:
+                name = shard_name(unit.index)
+                recover(self.folder, name)
+                mark = read_mark(self.folder, name) if self.folder.exists(f"{name}.json") else None
+                if mark is not None and mark["made"] == made:
+                    self.tally.count(unit.index, mark["counts"], again=True)
+                    continue
+            yield Job(unit, made)
+
+    def _start(self) -> "tuple[cluster.Pool, Callable[[], int] | None]":
+        """Ray, its workers, and how many of them there is room for (None: that does not change)."""
+        from extract.workers import cluster
+
+        run = self.config.run
+        self.tally.stop.deferred = True
+        self.stack.enter_context(cluster.connected(run.address, run.workers or cluster.cores()))
+        staff = cluster.plan_staff(run)
+        pool = cluster.Pool(self._setup(staff), staff.workers, cpus=1, gpus=staff.gpus_per_worker)
+        grows = run.address != "local" and not run.workers
+        return pool, partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None
+
+    def _setup(self, staff: "cluster.Staff") -> WorkerSetup:
+        """What every worker is told once."""
+        work = UnitWork(
+            source=self.source,
+            image=self.config.image,
+            members=tuple(self.info["members"]),
+            threads=staff.threads,
+            window=self.config.run.window,
+        )
+        return WorkerSetup(
+            out=self.config.out,
+            work=work,
+            tasks=tuple(self.tasks),
+            device=staff.device,
+            dtype=self.config.run.dtype,
+            gpu_share=staff.gpus_per_worker,
+        )
+
+
+def _close(folder: Folder, info: dict[str, Any], tally: _Tally) -> None:
+    """Writes the totals and removes what killed writers left."""
+    if -1 in tally.ok:
+        raise UserError(
+            f"{folder}: the source gave no unit {tally.ok.index(-1)}, but later ones; they must be numbered 0, 1, 2, ..."
+        )
+    if info["retries"]:
+        retries.remove_surplus(folder, tally.shards)
+    if not tally.ok:
+        raise UserError("the source has no inputs; check its path and its filters")
+    ok = sum(tally.ok)
+    totals = {
+        "in": ok + tally.failed.total(),
+        "ok": ok,
+        "failed": dict(tally.failed),
+        "shards": tally.ok.tolist(),
+    }
+    kind = _depth_kind(Dataset(folder, info))
+    write_info(folder, info | {"shards": tally.shards, "totals": totals, "depth_kind": kind})
+    folder.sweep()
+
+
+def _depth_kind(dataset: Dataset) -> str:
+    """ "metric" or "relative", as the first sample says; "" where there is no depth or no sample."""
+    if "depth" not in dataset.info["estimators"]:
+        return ""
+    for mark in dataset.marks():
+        for key in mark["index"]:
+            return str(dataset.read_at(mark, key, ["json"]).meta["intrinsics"]["depth"]["kind"])
+    return ""
+
+
+# ---- this machine ----------------------------------------------------------------------------------------------------
+
+
+def _total(source: Source, limit: int | None) -> int | None:
+    total = source.total()
+    return total if limit is None or total is None else min(total, limit)
+
+
+class _Stop:
+    """SIGTERM and Ctrl-C end the run with a sentence; what is committed stays.
+
+    deferred: note the signal only, until check() is called: code of Ray that an exception interrupts breaks.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self._number: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError if the run is to stop."""
+        if self._number is not None:
+            name = signal.Signals(self._number).name
+            raise UserError(f"stopped by {name}; the same command goes on where it stopped")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        impatient, self._number = self._number is not None, number
+        if impatient or not self.deferred:
+            self.check()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Measures on captions of the demo world, by a detector that ships with the package."""

@@ -1,0 +1,1 @@
+"""The model: joint attention, the denoiser, LoRA, schedules, the intrinsic VAE."""

@@ -1,0 +1,1 @@
+"""What every package stands on: errors, configuration, command lines, files at any URL."""

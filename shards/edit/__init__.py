@@ -1,0 +1,1 @@
+"""Changes a dataset: removes samples on request, removes repeated images."""

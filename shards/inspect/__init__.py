@@ -1,0 +1,1 @@
+"""Looks at a dataset: verify, statistics, gallery, sheets."""

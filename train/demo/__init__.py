@@ -1,0 +1,1 @@
+"""Training of the embedded networks: base, estimators, detector."""

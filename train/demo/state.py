@@ -1,0 +1,76 @@
+"""What a simple training loop needs to go on where it stopped: networks, their average and the optimiser, in one file.
+
+Safetensors only, written under a temporary name, synced and renamed: a killed run finds the last whole one.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shards.core.errors import UserError
+from train.checkpoint import optimiser_tensors, restore_optimiser
+
+STATE = "training.safetensors"
+
+
+def averaged(net: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's parameters and buffers, to be moved towards it by `follow`."""
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+@torch.no_grad()
+def follow(average: Mapping[str, Tensor], net: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average; the first steps move faster, so that the start is forgotten."""
+    decay = min(decay, (step + 1) / (step + 10))
+    now = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    torch._foreach_lerp_([average[name] for name in now], list(now.values()), 1 - decay)
+
+
+def save_state(
+    path: Path, step: int, net: nn.Module, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
+) -> None:
+    """Writes everything that resuming after `step` steps needs."""
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    state |= {f"average.{name}": tensor for name, tensor in average.items()}
+    state |= {f"optimiser.{name}": tensor for name, tensor in optimiser_tensors(optimiser).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    known = {"step": str(step), "optimiser": type(optimiser).__name__}
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary, known)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_state(path: Path, net: nn.Module, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
+    """Puts back what save_state wrote; returns the step to go on with, 0 if there is no such file.
+
+    Raises UserError where the file is damaged, or of another network or optimiser.
+    """
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            known = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"cannot go on from {path}: {error}; remove it to begin anew") from error
+    told, own = known.get("optimiser", "an optimiser that it does not name"), type(optimiser).__name__
+    if told != own:
+        raise UserError(f"cannot go on from {path}: it learned by {told}, not by {own}; remove it to begin anew")
+    expected = {f"net.{name}": tensor.shape for name, tensor in net.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items() if name.startswith("net.")}
+    if found != expected:
+        name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UserError(f"cannot go on from {path}: it is of another network ({name}); remove it to begin anew")
+    net.load_state_dict({name: state[f"net.{name}"] for name in net.state_dict()})
+    for name in average:
+        average[name].copy_(state[f"average.{name}"])
+    kept = {name.removeprefix("optimiser."): state[name] for name in state if name.startswith("optimiser.")}
+    restore_optimiser(optimiser, kept)
+    return int(known["step"])

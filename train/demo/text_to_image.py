@@ -1,0 +1,385 @@
+"""Trains the embedded base on the demo world: first its VAE, then text to image. Its result ships as infer/embedded/demo/base.
+
+    python -m train scenes --out runs/truth --count 24000
+    python -m train base --shards runs/truth --out runs/base
+
+    torchrun --nproc-per-node 2 -m train base ...      the same by two processes, each with its half of every batch; on one
+                                                       machine, threads are faster
+    python -m train base --vae demo ...                        takes the VAE of a finished pipeline, and trains the rest
+    python -m train base --pretrained demo --steps 9000 ...    goes on from a finished pipeline, whose VAE stays as it is
+
+On a GPU where there is one; the U-Net's kernels are then replayed as CUDA graphs. Each stage is a pure function of (seed,
+step) and goes on from its last checkpoint.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from extract.world.grammar import parse
+from shards.core.errors import UserError
+from shards.dataset import Dataset
+from train.cuda_graph import GraphedNetwork
+from train.data import CPU, generator_of, mirrored
+from train.demo.base_networks import (
+    IMAGE_PX,
+    LATENT_CHANNELS,
+    STRIDE,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    save_base,
+)
+from train.demo.ground_truth import fully_named
+from train.demo.latent_channels import weigh_channels
+from train.demo.state import STATE, averaged, follow, load_state, save_state
+from train.muon import StackedMuon
+
+NOISE = 4  # a purpose of train.data.generator_of
+DECAY, BETAS = 0.01, (0.9, 0.99)  # of both optimisers
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTraining:
+    """The recipe: vae_* of the first stage, the rest of the second.
+
+    pretrained: a finished pipeline, whose VAE is kept and whose U-Net and text encoder learn on; vae: one of which only the VAE
+    is taken; neither: all is new.
+    cooldown: the last share of the steps, in which the rate falls to zero. Before it the rate is constant, so that a run
+    may be given more steps as long as it has not reached it.
+    held_out: pictures at the end of the shards that nothing learns from (at most a quarter of them); the VAE is measured on
+    them. timesteps: the beta distribution, in 0..1, of those that the U-Net learns at: where things are, and of what shape, is
+    decided between 0.35 and 0.9; near 0, where much of a uniform draw's loss is, only their grain.
+    dropout: the share of captions that are left empty. compile: the U-Net by torch.compile, on a CPU only (a GPU replays its
+    kernels as CUDA graphs).
+    """
+
+    shards: str
+    out: Path = Path("runs/base")
+    pretrained: Path | None = None
+    vae: Path | None = None
+    seed: int = 0
+    held_out: int = 256
+    vae_steps: int = 30_000
+    vae_batch: int = 8
+    vae_rate: float = 2e-3
+    kl: float = 1e-6
+    steps: int = 5_900
+    batch: int = 128
+    rate: float = 2.5e-3
+    timesteps: tuple[float, float] = (2.0, 1.5)
+    dropout: float = 0.1
+    ema: float = 0.998
+    warmup: int = 100
+    cooldown: float = 0.6
+    save_every: int = 100
+    compile: bool = False
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """images: uint8 (N, H, W, 3), and their captions."""
+
+    images: np.ndarray
+    captions: list[str]
+
+    @staticmethod
+    def read(url: str) -> "Pictures":
+        """Of a dataset of `train scenes` those whose captions name all that is there, into memory (12 KB a picture of 64 px).
+
+        Half of the plain world's scenes are so: things that no word asked for would be most of what there is to learn.
+        Raises UserError if there are none.
+        """
+        shards = Dataset.open(url).shard_names()
+        with ProcessPoolExecutor(max(1, min(len(shards), os.cpu_count() or 1)), get_context("spawn")) as pool:
+            found = [pair for pairs in pool.map(partial(fully_named, url), shards) for pair in pairs]
+        if not found:
+            raise UserError(f"{url} holds no scenes; make some with: python -m train scenes --out {url}")
+        return Pictures(np.stack([image for image, _ in found]), [caption for _, caption in found])
+
+    def split(self, held_out: int) -> tuple["Pictures", "Pictures"]:
+        """Those to learn from, each also mirrored with its caption, and the last `held_out` ones (at most a quarter)."""
+        count = len(self.images) - min(held_out, len(self.images) // 4)
+        images, captions = self.images[:count], self.captions[:count]
+        learned = Pictures(np.concatenate([images, images[:, :, ::-1]]), [*captions, *map(mirrored, captions)])
+        return learned, Pictures(self.images[count:], self.captions[count:])
+
+
+def evenly(captions: Sequence[str]) -> np.ndarray:
+    """How often each caption is drawn, float64 (N,) with sum 1: rare relations more often than they are there.
+
+    A relation's share is as the root of its number: to the side are ten times as many as behind or on top.
+    """
+    kinds = [tuple(stated.relation for stated in parse(caption).relations) for caption in captions]
+    counts = Counter(kinds)
+    shares = np.array([counts[kind] ** -0.5 for kind in kinds])
+    return shares / shares.sum()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pixels(images: np.ndarray, device: torch.device = CPU) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def _rate(step: int, steps: int, config: BaseTraining) -> float:
+    """Linear warm-up, a constant, and in the end a straight line to zero."""
+    return min(1, (step + 1) / config.warmup, (steps - step) / max(1, config.cooldown * steps))
+
+
+def _train(
+    net: nn.Module,
+    loss_of: Callable[[int, slice], Tensor],
+    optimiser: torch.optim.Optimizer,
+    *,
+    steps: int,
+    rate: float,
+    config: BaseTraining,
+    folder: Path,
+    title: str,
+) -> None:
+    """Minimises loss_of(step, rows) over the parameters of `net`, which ends with its averaged weights.
+
+    rows: this process's part of the step's batch; gradients are averaged over the processes.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(net.parameters()).device
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with bf16, 1.4 to 1.7 times as fast
+    average = averaged(net)
+    first = load_state(folder / STATE, net, average, optimiser)
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, disable=rank > 0) as progress:
+        task, losses = progress.add_task(title, total=steps, completed=first), list[Tensor]()
+        for step in range(first, steps):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * _rate(step, steps, config)
+            with torch.autocast(device.type, torch.bfloat16):  # weights stay in float32
+                loss = loss_of(step, slice(rank, None, world))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if world > 1:
+                _average_gradients(net, world)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimiser.step()
+            follow(average, net, config.ema, step)
+            losses.append(loss.detach())  # its number would have to be waited for
+            progress.advance(task)
+            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+                if rank == 0:
+                    progress.print(f"{title} step {step + 1}: loss {torch.stack(losses).mean():.4f}")
+                    save_state(folder / STATE, step + 1, net, average, optimiser)
+                losses.clear()
+    net.load_state_dict(average)
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _average_gradients(net: nn.Module, world: int) -> None:
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient) / world)
+
+
+# ---- stage one: the VAE ----------------------------------------------------------------------------------------------
+
+
+def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> AutoencoderKL:
+    """Squared error of pixels, and a little KL. Returns the VAE with its channels weighed and its scaling_factor measured."""
+    torch.manual_seed(config.seed)
+    device = _device()
+    vae = make_vae()
+    nn.Module.to(vae, device)
+
+    def loss_of(step: int, part: slice) -> Tensor:
+        rng = np.random.default_rng([config.seed, 1, step])
+        rows = rng.integers(len(pictures.images), size=config.vae_batch)
+        noise = rng.standard_normal((config.vae_batch, LATENT_CHANNELS, *[IMAGE_PX // STRIDE] * 2), np.float32)
+        x = pixels(pictures.images[rows[part]], device)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part]).to(device)).sample
+        return 4 * F.mse_loss(y, x) + config.kl * posterior.kl().mean()
+
+    _train(
+        vae,
+        loss_of,
+        torch.optim.AdamW(vae.parameters(), weight_decay=DECAY, betas=BETAS, fused=True),
+        steps=config.vae_steps,
+        rate=config.vae_rate,
+        config=config,
+        folder=config.out / "vae",
+        title="VAE",
+    )
+    vae.cpu()
+    weigh_channels(vae, pixels(pictures.images[:256]))
+    z = _means(vae, pictures.images[:1024])
+    vae.register_to_config(scaling_factor=float(1 / z.std()))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"VAE: {psnr(vae.eval(), held_out.images):.1f} dB on pictures that it has not seen")
+    return vae.eval().requires_grad_(False)
+
+
+def _finished_vae(folder: Path) -> AutoencoderKL:
+    """Raises UserError if there is no pipeline."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no diffusers folder: it has no model_index.json")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """How well a VAE gives images back, uint8 (N, H, W, 3): the mean of their PSNRs, in dB."""
+    x = pixels(images)
+    y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    return float((10 * torch.log10(4 / (y - x).square().mean(dim=(1, 2, 3)))).mean())
+
+
+def _means(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """The posterior means (N, C, h, w) of images uint8 (N, H, W, 3), unscaled, on the CPU."""
+    device, parts = vae.device, []
+    batch = 64 if device.type == "cpu" else 1024  # what fits a cache, and what keeps a GPU busy
+    with torch.no_grad():
+        for start in range(0, len(images), batch):
+            parts.append(vae.encode(pixels(images[start : start + batch], device)).latent_dist.mean.cpu())
+    return torch.cat(parts).contiguous()
+
+
+def _latents(config: BaseTraining, vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """_means, kept in config.out: encoding all pictures takes minutes, and every process and every start needs them."""
+    path = config.out / "latents.safetensors"
+    weights = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values()))
+    made_of = f"{weights.hexdigest()} {hashlib.sha256(images.tobytes()).hexdigest()}"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata()["made_of"] == made_of:
+                return file.get_tensor("mean")
+    means = _means(vae, images)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({"mean": means}, temporary, {"made_of": made_of})
+        temporary.replace(path)
+    return means
+
+
+# ---- stage two: text to image ----------------------------------------------------------------------------------------
+
+
+def _muon(net: nn.Module) -> torch.optim.Optimizer:
+    """Muon for matrices and convolutions, AdamW for vectors, embeddings and the first and the last layer.
+
+    What that is worth beside AdamW alone: docs/training.md, "The optimiser".
+    """
+    ends = ("embedding.weight", "conv_in.weight", "conv_out.weight")
+    parameters = list(net.named_parameters())
+    inner = {"params": [value for name, value in parameters if not name.endswith(ends)]}
+    outer = {"params": [value for name, value in parameters if name.endswith(ends)], "use_fallback": True}
+    return StackedMuon([inner, outer], weight_decay=DECAY, betas=BETAS)
+
+
+def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: AutoencoderKL) -> None:
+    """v prediction of the latents, with the text encoder; writes the finished pipeline to config.out."""
+    tokenizer, scheduler = make_tokenizer(), make_scheduler()
+    torch.manual_seed(config.seed + 1)
+    unet, text = make_unet(), make_text_encoder(tokenizer)
+    if config.pretrained:
+        unet = UNet2DConditionModel.from_pretrained(config.pretrained, subfolder="unet", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").float()
+    device = _device()
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
+    net = nn.ModuleDict({"unet": unet, "text": text}).to(device)
+    graph = device.type == "cuda" and not dist.is_initialized()
+    denoise = GraphedNetwork(unet, torch.bfloat16) if graph else unet
+    if config.compile:
+        unet.compile()
+    nn.Module.to(vae, device)
+    latents = (_latents(config, vae, pictures.images) * vae.config["scaling_factor"]).to(device)
+
+    def tokens_of(captions: list[str]) -> Tensor:
+        return torch.as_tensor(tokenizer(captions, padding="max_length", truncation=True)["input_ids"]).to(device)
+
+    tokens, empty = tokens_of(pictures.captions), tokens_of([""])
+    chances = np.cumsum(evenly(pictures.captions))
+    kept = scheduler.alphas_cumprod.to(device)  # the share of the signal's variance that is left at each timestep
+
+    def loss_of(step: int, part: slice) -> Tensor:
+        rng = np.random.default_rng([config.seed, 2, step])
+        numbers = np.searchsorted(chances, rng.random(config.batch) * chances[-1], side="right").clip(
+            max=len(chances) - 1
+        )
+        empties = rng.random(config.batch) < config.dropout
+        times = (rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int)
+        # a copy that is waited for waits for all that the GPU has to do
+        drawn = (torch.from_numpy(values).to(device, non_blocking=True) for values in (numbers, empties, times))
+        rows, dropped, t = drawn
+        z, ids = latents[rows], tokens[rows]
+        ids = torch.where(dropped[:, None], empty, ids)
+        noise = torch.randn(z.shape, device=device, generator=generator_of(config.seed, step, NOISE, device))
+        signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
+        noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
+        words = text(ids[part])[0]
+        return F.mse_loss(
+            denoise(noisy[part], t[part], encoder_hidden_states=words, return_dict=False)[0], target[part]
+        )
+
+    _train(
+        net,
+        loss_of,
+        _muon(net),
+        steps=config.steps,
+        rate=config.rate,
+        config=config,
+        folder=config.out / "unet",
+        title="text to image",
+    )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_base(config.out / "pipeline", vae.cpu(), unet.cpu(), text.cpu(), tokenizer)
+
+
+def train_base(config: BaseTraining) -> Path:
+    """Both stages; returns the folder of the finished pipeline. Resumes by itself.
+
+    Raises UserError if there is nothing to learn from, or config.compile is set on a GPU.
+    """
+    if config.compile and _device().type != "cpu":
+        raise UserError("--compile is for a CPU: a GPU replays the U-Net's kernels as CUDA graphs; leave it out")
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    pictures, held_out = Pictures.read(config.shards).split(config.held_out)
+    print(f"{len(pictures.captions)} pictures to learn from, half of them mirrored; {len(held_out.captions)} held out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    given = config.pretrained or config.vae
+    vae = _finished_vae(given) if given else train_vae(config, pictures, held_out)
+    train_text_to_image(config, pictures, vae)
+    return config.out / "pipeline"
