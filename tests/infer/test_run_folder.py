@@ -221,7 +221,7 @@ def written(network: torch.nn.Module) -> dict:
 
 
 def in_other_words(name: str) -> torch.nn.Module:
-    """The same network as tests.tiny makes, as the config.json of a fine-tuned variant says it."""
+    """The same network as tests.support.tiny makes, as the config.json of a fine-tuned variant says it."""
     network = tiny.NETWORKS[name]()
     config = written(network)
     if name.startswith("pixart"):
