@@ -9,10 +9,10 @@ PROMPT ?=
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extract train sample test lint clean
+.PHONY: help setup extract train sample test test-slow lint clean
 
 help:           ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## ?/  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/  make \1\t/' | expand -t 18
 	@echo
 	@echo '  DATA=demo|FOLDER|RECIPE  what to extract        ARGS="..."  further options of the command'
 	@echo '  PROMPT="..."             what to sample         VENV=.venv  where the environment is'
@@ -36,8 +36,11 @@ train: setup    ## shards -> intrinsic VAE -> LoRA
 sample: setup   ## PROMPT -> an image and its four intrinsics, by runs/demo if `make train` made it
 	@$(BIN)/python -m infer sample $(if $(wildcard runs/demo/manifest.json),--run runs/demo) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
-test: setup     ## all tests, in three processes of one thread each: some of them mostly wait
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+test: setup     ## the quick tests, in three processes of one thread each: some of them mostly wait
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: setup  ## the tests that take longer
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --timeout 900 $(ARGS)
 
 lint: setup     ## ruff (lint, format) and mypy
 	@$(BIN)/ruff check .
