@@ -62,6 +62,12 @@ def sample(
     ] = None,
     given_maps: Annotated[str, typer.Option(help="Only these of them, as in depth,line.", show_default="all")] = "",
     mask_maps: Annotated[Path | None, typer.Option(help="White where the given maps are to be made anew.")] = None,
+    hold: Annotated[
+        str | None,
+        typer.Option(
+            help="How the network sees what is given: clean, or noised as the rest.", show_default="as the run was trained"
+        ),
+    ] = None,
     shards: Annotated[bool, typer.Option("--shards", help="Write a dataset of WebDataset shards.")] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", show_default="a GPU if there is one")] = None,
@@ -112,6 +118,7 @@ def sample(
         given=given,
         given_maps=tuple(name.strip() for name in given_maps.split(",") if name.strip()),
         repaint_maps=_text(mask_maps),
+        hold=hold,  # type: ignore[arg-type]  # checked by Request
         device=device,
         dtype=dtype,
         other_weights=other_weights,

@@ -1,15 +1,18 @@
 """More from the same checkpoint: image -> intrinsics, intrinsics -> image, and inpainting of either. All approximate.
 
-The known part of a stream is set to its noised self, a(t) x0 + s(t) noise, before every call of the network, whatever the
-sampler made of it; the rest is sampled as ever and attends to it. The model was trained on two streams at one timestep,
-so this is in its distribution; what is approximate is that the unknown part is not told how noisy knowledge is to be
-weighed (no resampling, no guidance towards it).
+Before every call of the network the known part of a stream is set to what the network is to see of it, whatever the sampler
+made of it; the rest is sampled as ever and attends to it. There are two ways:
+
+    noised    a(t) x0 + s(t) noise, as noisy as the rest: two streams at one timestep, as in the paper's training. At first
+              little can be read of it.
+    clean     x0 at timestep 0, from the first step on: for runs that were trained so for a part of their samples
+              (lora.known_stream). A stream that is known in part is noised: one row has one timestep.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +26,13 @@ from shards.core.errors import UsageError, UserError
 from shards.intrinsics import IntrinsicMap
 from shards.packing import SLICES, pack
 
+Hold = Literal["noised", "clean"]
+HOLDS: tuple[Hold, ...] = ("noised", "clean")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What is known of the picture: its image, any subset of its maps, or both; for every image of the batch.
+    """What is known of the picture: its image, any subset of its maps, or both.
 
     image: RGB, resized to the size asked for. maps: (H, W) of the size asked for; a map that is left out is zero, as in the
     VAE's training (where the VAE is not shared: unknown). repaint_image, repaint_maps: bool (H, W), True where that stream
@@ -76,24 +82,36 @@ class Known:
 
 
 def known_latents(
-    given: Given,
+    given: Sequence[Given],
     image_vae: AutoencoderKL,
     intrinsic_vae: AutoencoderKL,
     like: Tensor,
     size: tuple[int, int],
     streams: int = 2,
 ) -> Known:
-    """Encodes what is given, for B images. like: the initial noise (B, C, h, w). size: (height, width) in pixels."""
-    latents, where = (
-        torch.zeros_like(like).repeat(streams, 1, 1, 1, 1),
-        torch.zeros(streams, *like.shape, dtype=torch.bool)[:, :, :1],
-    )
+    """Encodes what is given of B images: of each its own, or of all of them one.
+
+    like: the initial noise (B, C, h, w). size: (height, width) in pixels.
+    """
+    one = like[:1] if len(given) > 1 else like
+    each = [_known_of(item, image_vae, intrinsic_vae, one, size, streams) for item in given]
+    latents, where = (torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
+    return Known(latents, where.to(like.device))
+
+
+def _known_of(
+    given: Given, image_vae: AutoencoderKL, intrinsic_vae: AutoencoderKL, like: Tensor, size: tuple[int, int], streams: int
+) -> tuple[Tensor, Tensor]:
+    """Clean latents (S, B, C, h, w), and where they are known, bool (S, B, 1, h, w), for as many images as `like` has."""
+    latents = torch.zeros_like(like).repeat(streams, 1, 1, 1, 1)
+    where = torch.zeros(streams, *like.shape, dtype=torch.bool)[:, :, :1]
     height, width = size
     if given.image is not None:
         pixels = torch.from_numpy(np.array(_resized(given.image, size))).float() / 127.5 - 1
         with full_precision(image_vae):
             latents[0] = encode(image_vae, pixels.movedim(2, 0)[None]).to(like)
         where[0] = _known(given.repaint_image, size, like)
+
     if given.maps:
         for name, item in given.maps.items():
             if item.values.shape[:2] != size:
@@ -101,10 +119,10 @@ def known_latents(
                 raise UserError(f"the given {name} map is {found}; the size asked for is {width} x {height}")
         with full_precision(intrinsic_vae):
             encoded = encode(intrinsic_vae, torch.from_numpy(pack(given.maps)[0])[None])
-        latents[1:] = encoded[:, None].to(like)  # a row for each intrinsic stream, for all B images
+        latents[1:] = encoded[:, None].to(like)  # a row for each intrinsic stream
         of_each = [1 + number for number, name in enumerate(SLICES) if name in given.maps]
         where[[1] if streams == 2 else of_each] = _known(given.repaint_maps, size, like)
-    return Known(latents, where.to(like.device))
+    return latents, where
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -139,22 +157,40 @@ def signal_and_noise(alphas_cumprod: Tensor, timestep: float) -> tuple[float, fl
 
 
 class KnownStreams:
-    """A forward pre-hook of the network that sets the known part of its input to its noised self."""
+    """A forward pre-hook of the network that sets the known part of its input."""
 
-    def __init__(self, known: Known, noise: Tensor, scheduler: Any) -> None:
+    def __init__(self, known: Known, noise: Tensor, scheduler: Any, hold: Hold = "noised") -> None:
         """noise: (B, C, h, w). Raises UserError for a scheduler whose noise the network was not trained on."""
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
                 f"{type(scheduler).__name__} has no alphas_cumprod, so what is given cannot be noised by it"
             )
         self._known, self._noise, self._alphas = known, noise, scheduler.alphas_cumprod
+        self._clean = known.where.flatten(1).all(dim=1) & (hold == "clean")  # (S,)
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = "sample" if "sample" in kwargs else "hidden_states"
         sample = args[0] if args else kwargs[name]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        signal, noise = signal_and_noise(self._alphas, float(torch.as_tensor(timestep).reshape(-1)[0]))
-        noised = signal * self._known.latents.to(sample) + noise * self._noise.to(sample)  # (S, B, C, h, w)
-        rows = sample.unflatten(0, (-1, *noised.shape[:2]))
-        sample = torch.where(self._known.where.to(sample.device), noised, rows).flatten(0, 2)
-        return ((sample, *args[1:]), kwargs) if args else (args, kwargs | {name: sample})
+        time = float(torch.as_tensor(timestep).reshape(-1)[0])
+        latents, noise = self._known.latents.to(sample), self._noise.to(sample)
+        seen = _at(self._alphas, time, latents, noise)  # (S, B, C, h, w)
+        rows = sample.unflatten(0, (-1, *seen.shape[:2]))  # (G, S, B, C, h, w)
+        if self._clean.any():
+            clean = self._clean.to(sample.device)
+            seen = torch.where(clean[:, None, None, None, None], _at(self._alphas, 0, latents, noise), seen)
+            times = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0].expand(rows.shape[:3])
+            timestep = times.masked_fill(clean[:, None], 0).flatten()
+        sample = torch.where(self._known.where.to(sample.device), seen, rows).flatten(0, 2)
+
+        if not args:
+            return args, kwargs | {name: sample, "timestep": timestep}
+        if len(args) > 1:
+            return (sample, timestep, *args[2:]), kwargs
+        return (sample,), kwargs | {"timestep": timestep}
+
+
+def _at(alphas: Tensor, timestep: float, latents: Tensor, noise: Tensor) -> Tensor:
+    """What the network reads of clean latents at this timestep."""
+    signal, sigma = signal_and_noise(alphas, timestep)
+    return signal * latents + sigma * noise

@@ -72,7 +72,7 @@ def decode_intrinsics(
         packed = decode(vae, latents).float().cpu().numpy()
     if hasattr(pipeline.vae, "_hf_hook"):
         vae.to("cpu")
-    return [unpack(channels, depth) for channels in packed]
+    return [unpack(channels, depth, blurred=True) for channels in packed]
 
 
 def is_finite(latents: Tensor) -> bool:

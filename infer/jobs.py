@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from infer.condition import Given
+from infer.condition import HOLDS, Given, Hold
 from infer.embedded import GUIDANCE
 from infer.outputs import extra_files, maker, read_given, read_image, sample_members
 from infer.sampler import CoGenerator
@@ -44,6 +44,7 @@ class Request:
     given: str | None = None
     given_maps: tuple[str, ...] = ()
     repaint_maps: str | None = None
+    hold: Hold | None = None
     device: str | None = None
     dtype: str | None = None
     other_weights: bool = False
@@ -53,6 +54,10 @@ class Request:
             raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         if self.steps < 1:
             raise UsageError(f"--steps {self.steps}: at least one step is needed")
+        if self.hold not in (None, *HOLDS):
+            raise UsageError(f"--hold {self.hold} is not one of {', '.join(HOLDS)}")
+        if self.hold and not (self.image or self.given):
+            raise UsageError("--hold says how what is given is seen: it goes with --image or --given")
         if (self.repaint and not self.image) or (self.repaint_maps and not self.given):
             raise UsageError("a mask needs what it masks: --mask goes with --image, --mask-maps with --given")
 
@@ -155,6 +160,7 @@ class Painter:
             intrinsics=self._request.intrinsics,
             shares=self._request.shares,
             given=self._given,
+            hold=self._request.hold,
         )
         bases: list[Any] = [None] * len(jobs)
         if self._request.compare:

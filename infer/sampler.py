@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from infer.bases.loading import describe_base, network_of, open_base, prediction_type_of
 from infer.bases.prompts import as_batch, encode_prompts, image_size, noise_and_generators
-from infer.condition import Given, Known, KnownStreams, known_latents
+from infer.condition import HOLDS, Given, Hold, Known, KnownStreams, known_latents
 from infer.decode import Generated, decode_images, decode_intrinsics, is_finite
 from infer.embedded import GUIDANCE, resolve
 from infer.model.denoiser import JointDenoiser
@@ -136,7 +136,8 @@ class CoGenerator:
         scheduler: str | None = None,
         intrinsics: bool = True,
         shares: bool | Literal["map"] = False,
-        given: Given | None = None,
+        given: Given | Sequence[Given] | None = None,
+        hold: Hold | None = None,
         depth: DepthRange | None = None,
         callback: Callable[[Progress], None] | None = None,
         **options: Any,
@@ -147,14 +148,20 @@ class CoGenerator:
         schedule: w(l, t): "gaussian", "drop", "off", "joint", settings as in "drop:tau=800", a table's file, or an object.
         scheduler: for this call another one of diffusers, by name (SCHEDULERS). intrinsics=False: images only; the
         intrinsic stream stops as soon as it can no longer change them. shares: record the attention shares (True: means;
-        "map": of every query). given: a known image or known maps. depth: what generated depth is decoded to, the run's
+        "map": of every query). given: a known image or known maps, of each image its own or of all one. hold: how the network
+        sees what is given (infer.condition); clean by default if the run was trained for it, else noised. depth: what generated depth is decoded to, the run's
         own range by default. options: everything else that the pipeline's own call or its encode_prompt takes.
 
         Raises UsageError for arguments that do not fit, UserError when the result is not finite.
         """
         settings = {name: value for name, value in locals().items() if name in _REMEMBERED}
         prompts, chosen = as_batch(prompt, seeds, options)
-        height, width = size = image_size(self.pipeline, size or (given.size() if given else None))
+        givens = [given] if isinstance(given, Given) else list(given or ())
+        if len(givens) not in (0, 1, len(chosen)):
+            raise UsageError(f"{len(givens)} images or sets of maps are given for {len(chosen)} images: give one, or all")
+        if hold not in (None, *HOLDS):
+            raise UsageError(f"hold = {hold!r} is not one of {', '.join(HOLDS)}")
+        height, width = size = image_size(self.pipeline, size or (givens[0].size() if givens else None))
         described = self.stages.schedule(schedule) if isinstance(schedule, str) else schedule
         options = self._checked(options, callback)
         with self._using(scheduler):
@@ -167,8 +174,9 @@ class CoGenerator:
             noise, generators = noise_and_generators(chosen, shape, dtype, streams)
             noise = noise.to(device)
             known = None
-            if given:
-                known = known_latents(given, self.pipeline.vae, self._placed_vae(), noise, size, streams)
+            if givens:
+                settings["hold"] = hold = hold or self._usual_hold()
+                known = known_latents(givens, self.pipeline.vae, self._placed_vae(), noise, size, streams)
             call |= {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
             call |= {"latents": torch.cat([noise] * streams), "generator": generators, "output_type": "latent"}
             call |= self._told(callback) | options
@@ -182,12 +190,12 @@ class CoGenerator:
                     intrinsics=intrinsics,
                     record="map" if shares == "map" else "mean" if shares else None,
                 )
-                with self._knowing(known, noise):
+                with self._knowing(known, noise, hold):
                     latents = self.pipeline(**call).images
             finally:
                 self.denoiser.images = None  # the pipeline by hand would run with a batch that is not ours
         latents = known.put(latents) if known else latents
-        return self._result(latents, prompts, chosen, intrinsics, bool(shares), given, known, depth, settings)
+        return self._result(latents, prompts, chosen, intrinsics, bool(shares), givens, known, depth, settings)
 
     def _result(
         self,
@@ -196,7 +204,7 @@ class CoGenerator:
         seeds: list[int],
         intrinsics: bool,
         shares: bool,
-        given: Given | None,
+        given: Sequence[Given],
         known: Known | None,
         depth: DepthRange | None,
         settings: dict[str, Any],
@@ -211,8 +219,9 @@ class CoGenerator:
         if intrinsics:
             extent = depth or self.run.manifest.packing.depth
             maps = decode_intrinsics(self.pipeline, self.vae, intrinsic_latents, extent)
-            if given is not None and known is not None and known.intrinsics_are_whole:
-                maps = [made | dict(given.maps) for made in maps]
+            if known is not None and known.intrinsics_are_whole:
+                of_each = given if len(given) > 1 else [given[0]] * len(maps)
+                maps = [made | dict(item.maps) for made, item in zip(maps, of_each, strict=True)]
         self.pipeline.maybe_free_model_hooks()
         return Generated(
             images=images,
@@ -296,17 +305,21 @@ class CoGenerator:
             self.pipeline.scheduler = before
 
     @contextmanager
-    def _knowing(self, known: Known | None, noise: Tensor) -> Iterator[None]:
-        """For one call, the known part of the streams at its noised self."""
+    def _knowing(self, known: Known | None, noise: Tensor, hold: Hold | None) -> Iterator[None]:
+        """For one call, the known part of the streams held."""
         if known is None:
             yield
             return
-        hook = KnownStreams(known, noise, self.pipeline.scheduler)
+        hook = KnownStreams(known, noise, self.pipeline.scheduler, hold or self._usual_hold())
         handle = self.denoiser.network.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+
+    def _usual_hold(self) -> Hold:
+        """How the run was trained to see a stream that is known."""
+        return "clean" if self.run.manifest.training.get("known_stream") else "noised"
 
     def _placed_vae(self) -> Any:
         return self.vae.to(get_module_execution_device(self.pipeline.vae))

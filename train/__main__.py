@@ -48,6 +48,14 @@ def base(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of text to image.")] = 5_900,
     batch: Annotated[int, typer.Option(min=1, help="Pictures of such a step.")] = 128,
     rate: Annotated[float, typer.Option(help="Its learning rate.")] = 2.5e-3,
+    architecture: Annotated[
+        str, typer.Option(help="Latents and networks: 8x8, that of the embedded base, or 16x16.", show_default="8x8")
+    ] = "8x8",
+    vae_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the VAE, 8 pictures each.")] = 30_000,
+    stop_at: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after this step with a pipeline; without it the same command continues."),
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     compile: Annotated[
         bool,
@@ -66,6 +74,7 @@ def base(
         raise UsageError("--pretrained brings its own VAE: leave --vae out")
     begin, keep = (Path(resolve(given, "base")) if given else None for given in (pretrained, vae))
     amount: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "save_every": save_every}
+    amount |= {"architecture": architecture, "vae_steps": vae_steps, "stop_at": stop_at}
     folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, compile=compile, **amount))
     print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
 

@@ -144,7 +144,8 @@ class LoraConfig:
     """Stage 2 (eq. 5). intrinsic_weight: its lambda. caption_drop: captions left out for classifier-free guidance.
 
     The rest is off unless asked for. snr_gamma: min-SNR weighting (0: none). noise_offset: of both streams' noise.
-    independent_timesteps: the share of samples whose streams have each its own t. train_schedule: w(l, t) in training ("" is
+    independent_timesteps: the share of samples whose streams have each its own t. known_stream: the share of samples of which one
+    stream, either by half, is at timestep 0 and counts in no loss: sampling from a given image or given maps. train_schedule: w(l, t) in training ("" is
     the paper's w = 1). without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache`
     added to the shards. image_stream = false: the paper's ablation "LoRA-only". shared_vae = false: its ablation without the
     shared VAE (Tab. 5), each intrinsic in a stream of its own by the base's VAE; no stage 1, and rank is that of each stream.
@@ -160,6 +161,7 @@ class LoraConfig:
     snr_gamma: float = 0.0
     noise_offset: float = 0.0
     independent_timesteps: float = 0.0
+    known_stream: float = 0.0
     train_schedule: str = ""
     without: tuple[str, ...] = ()
     cache: bool = False
@@ -171,7 +173,7 @@ class LoraConfig:
     guidance: float = GUIDANCE
 
     def __post_init__(self) -> None:
-        _check("lora", self, ("rank", "sample_steps"), ("caption_drop", "independent_timesteps"))
+        _check("lora", self, ("rank", "sample_steps"), ("caption_drop", "independent_timesteps", "known_stream"))
         if min(self.intrinsic_weight, self.snr_gamma, self.noise_offset, self.alpha) < 0:
             raise UsageError("lora.intrinsic_weight, alpha, snr_gamma and noise_offset must not be negative")
         if unknown := sorted(set(self.without) - set(INTRINSICS)):
@@ -184,8 +186,10 @@ class LoraConfig:
             raise UsageError("lora.cuda_graph works with one batch a step, without compile and gradient_checkpointing")
         if self.cuda_graph and self.train_schedule:
             raise UsageError("lora.cuda_graph replays a step at w = 1: lora.train_schedule has another w in each step")
-        if self.train_schedule and (self.independent_timesteps or not self.image_stream):
+        if self.train_schedule and (self.independent_timesteps or self.known_stream or not self.image_stream):
             raise UsageError("lora.train_schedule needs both streams at one timestep")
+        if self.known_stream and not self.image_stream:
+            raise UsageError("lora.known_stream needs the image's stream; set lora.image_stream = true")
         if not self.shared_vae and self.cache:
             raise UsageError(
                 "cached latents are of the shared VAE; with lora.shared_vae = false set lora.cache = false"
@@ -234,6 +238,8 @@ class TrainConfig:
         kept["samples_per_step"] = loop["batch"] * loop["accumulate"] * world
         for name in ("prompts", "sample_steps", "guidance", "cuda_graph"):
             table.pop(name, None)
+        if table.get("known_stream") == 0:
+            table.pop("known_stream")  # as checkpoints from before this setting have it
         data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in ("workers", "memory_gb")}
         made_of = {"shards": list(self.shards), "start": self.start, "data": data}
         return {"stage": stage, "seed": self.seed, **made_of, **table, "loop": kept}

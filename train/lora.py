@@ -49,13 +49,19 @@ STAGE = "training/lora"
 class Draws:
     """What is drawn for B samples: timesteps and noises of all streams, posteriors' noises, whether the caption stays.
 
-    timesteps: int64 (S, B). noise, posterior: float32 (S, B, C, h, w). captioned: bool (B,). Streams: image, intrinsics.
+    Streams: image, intrinsics.
     """
 
     timesteps: Tensor
+    """int64 (S, B); 0 for a known stream."""
     noise: Tensor
+    """float32 (S, B, C, h, w)."""
     posterior: Tensor
+    """float32 (S, B, C, h, w)."""
     captioned: Tensor
+    """bool (B,)."""
+    known: Tensor
+    """bool (2, B): whether the image, and whether the intrinsics are known, and so have no loss."""
 
     def to(self, device: torch.device) -> "Draws":
         return Draws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
@@ -72,7 +78,7 @@ def draw(
 ) -> Draws:
     """shape: (C, h, w) of a latent. levels: how many timesteps there are."""
     streams = config.streams
-    times, captions, normals, offsets, alike = [], [], [], [], []
+    times, captions, normals, offsets, alike, given = [], [], [], [], [], []
     for position in positions:  # this runs for every sample of every step: as few calls as can be
         g = generator_of(seed, position, purpose)
         times.append(torch.randint(levels, (2,), generator=g))
@@ -82,13 +88,20 @@ def draw(
             offsets.append(torch.randn((streams, shape[0], 1, 1), generator=g))
         if config.independent_timesteps:
             alike.append(torch.rand((), generator=g) >= config.independent_timesteps)
+        if config.known_stream:  # drawn last, so that all else is the same without it
+            given.append(torch.rand(2, generator=g))
     noise, posterior = torch.stack(normals, dim=2)
     if config.noise_offset:
         noise = noise + config.noise_offset * torch.stack(offsets, dim=1)
     timesteps = torch.stack(times, dim=1)
     timesteps[1] = torch.where(torch.stack(alike), timesteps[0], timesteps[1]) if alike else timesteps[0]
+    known = torch.zeros(2, len(positions), dtype=torch.bool)
+    if given:
+        chosen, side = torch.stack(given, dim=1)
+        known = (chosen < config.known_stream) & torch.stack([side < 0.5, side >= 0.5])
+    timesteps = timesteps.masked_fill(known, 0)
     timesteps = timesteps[[0] + [1] * (streams - 1)]  # the same for all intrinsics
-    return Draws(timesteps, noise, posterior, torch.stack(captions) >= config.caption_drop)
+    return Draws(timesteps, noise, posterior, torch.stack(captions) >= config.caption_drop, known)
 
 
 @dataclass
@@ -151,6 +164,7 @@ class LoraTask:
             conditions,
         )
         weight = [snr_weight(levels[stream], self.config.snr_gamma, self.prediction) for stream in range(2)]
+        weight = [rows.masked_fill(known, 0) for rows, known in zip(weight, draws.known, strict=True)]
         found = {
             stream: stream_loss(rows, wanted[stream])
             for stream, rows in zip(used, predicted.chunk(len(used)), strict=True)
@@ -164,7 +178,23 @@ class LoraTask:
 
     @torch.no_grad()
     def validate(self, sheets: int) -> Validation:
-        """Both terms on the held-out samples, each at timesteps spread evenly; the same draws at every call."""
+        """Both terms on the held-out samples, each at timesteps spread evenly; the same draws at every call.
+
+        Where known streams are trained, also each term beside the other stream at timestep 0.
+        """
+        means = self._measure()
+        score = means.pop("loss")
+        if self.config.known_stream:
+            means["image_beside_known"] = self._measure(known=1)["image"]
+            means["intrinsic_beside_known"] = self._measure(known=0)["intrinsic"]
+        pictures = {}
+        if sheets and self.generator is not None:
+            prompts = self.config.prompts or tuple(sample.caption for sample in self.held[:sheets])
+            pictures = sample_sheet(self.generator, prompts[:sheets], self.config, self.size_px)
+        return Validation(score, means, pictures)
+
+    def _measure(self, known: int | None = None) -> dict[str, float]:
+        """The means of all terms on the held-out samples. known: 0 or 1, the image or the intrinsics at timestep 0."""
         totals: dict[str, list[Tensor]] = {}
         count = len(self.held) * REPEATS
         for start in range(0, count, self.config.loop.batch):
@@ -174,20 +204,16 @@ class LoraTask:
                 [(number % REPEATS + (number // REPEATS + 0.5) / len(self.held)) for number in numbers]
             )
             spread = (places / REPEATS * len(self.levels)).long().clamp(max=len(self.levels) - 1)
-            draws = Draws(
-                spread.expand_as(draws.timesteps), draws.noise, draws.posterior, torch.ones_like(draws.captioned)
-            )
+            timesteps = spread.repeat(len(draws.timesteps), 1)
+            if known is not None:
+                timesteps[0 if known == 0 else slice(1, None)] = 0
+            everything, nothing = torch.ones_like(draws.captioned), torch.zeros_like(draws.known)
+            draws = Draws(timesteps, draws.noise, draws.posterior, everything, nothing)
             batch = Batch([self.held[number // REPEATS] for number in numbers], draws)
             with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
                 for name, value in self.losses(self.module, batch).items():
                     totals.setdefault(name, []).append(value.float().cpu())
-        means = {name: float(torch.cat(values).mean()) for name, values in totals.items()}
-        score = means.pop("loss")
-        pictures = {}
-        if sheets and self.generator is not None:
-            prompts = self.config.prompts or tuple(sample.caption for sample in self.held[:sheets])
-            pictures = sample_sheet(self.generator, prompts[:sheets], self.config, self.size_px)
-        return Validation(score, means, pictures)
+        return {name: float(torch.cat(values).mean()) for name, values in totals.items()}
 
     @property
     def amp(self) -> torch.dtype:

@@ -17,6 +17,15 @@ COEFFICIENTS = [
 ]
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether products are faster in bfloat16: on GPUs, and on CPUs with instructions for it.
+
+    Other CPUs emulate it: Muon's step is 19 times as fast in float32 there.
+    """
+    found = torch.cpu.get_capabilities()
+    return device.type != "cpu" or bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
 class StackedMuon(Muon):
     """timm's Muon with Nesterov momentum; matrices of one shape, of which a U-Net has dozens, are made orthogonal together.
 
@@ -47,7 +56,9 @@ class StackedMuon(Muon):
             momenta = [self._momentum(parameter) for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
-            steps = zeropower_via_newtonschulz(ahead, len(COEFFICIENTS), COEFFICIENTS).to(parameters[0].dtype)
+            made_in = torch.bfloat16 if has_bf16(ahead.device) else torch.float32
+            steps = zeropower_via_newtonschulz(ahead, len(COEFFICIENTS), COEFFICIENTS, dtype=made_in)
+            steps = steps.to(parameters[0].dtype)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             size = group["lr"] * get_lr_scale(ahead.shape[1:])
             torch._foreach_add_(parameters, [step.view(shape) for step in steps], alpha=-size)

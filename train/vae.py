@@ -128,7 +128,7 @@ class VaeTask:
                 losses += weighted(terms, self._weights, everything, 0.0).tolist()
                 latents.append(scaled(self.vae, z.float()))
                 for one, channels in zip(some, made.cpu().numpy(), strict=True):
-                    maps = unpack(channels, one.depth)
+                    maps = unpack(channels, one.depth, blurred=True)
                     rows.append(compare(maps, one.maps))
                     if missing is None and len(shown) < 2 * sheets:
                         shown += [(one.image, one.maps, one.sample.caption), (one.image, maps, "reconstructed")]

@@ -270,16 +270,18 @@ class JointDenoiser:
         return self._step(rows, self.streams, _stage_weights(weights, sample.device)), timestep, args, kwargs
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
-        """The batch's timestep, or, where the rows differ, one for each pair (G * B)."""
+        """The batch's timestep, or, where the rows differ, one for each pair (G * B): that of its streams that are not known."""
         if self.schedule.constant and self._last_active is None and self.record is None:
             return [0.0]  # it does not matter; no need to wait for the device
         times = torch.as_tensor(timestep).reshape(-1)
         if len(times) == rows:
             assert self.images is not None
-            by_stream = times.unflatten(0, (-1, self.streams, self.images)).unbind(1)
-            if not all(torch.equal(by_stream[0], other) for other in by_stream[1:]):
-                raise UserError("the streams of a pair have different timesteps: give both the same.")
-            times = by_stream[0].reshape(-1)
+            by_stream = times.unflatten(0, (-1, self.streams, self.images))  # (G, S, B)
+            times = by_stream.amax(dim=1).reshape(-1)
+            if not ((by_stream == times.view(-1, 1, self.images)) | (by_stream == 0)).all():
+                raise UserError(
+                    "the streams of a pair have different timesteps: give both the same, or 0 to one that is known."
+                )
         elif len(times) != 1:
             raise UserError(f"there are {len(times)} timesteps for {rows} rows: give one, or one for each row.")
         values = times.tolist()

@@ -101,3 +101,72 @@ def test_what_does_not_fit_what_is_given_is_a_sentence():
         Given()
     with pytest.raises(UsageError, match="mask says what to repaint"):
         Given(image=noise_picture(), repaint_maps=np.ones((4, 4), bool))
+
+
+def _rows_seen(generator, **options):
+    """Input (G, S, B, C, h, w) and timesteps (G, S, B) of every call of the network, and what was made."""
+    seen, network = [], generator.denoiser.network
+
+    def look(_, args, kwargs):
+        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+        shape = (2, 2, len(sample) // 4)
+        seen.append((sample.unflatten(0, shape).clone(), timestep.reshape(-1).expand(len(sample)).unflatten(0, shape)))
+
+    handle = network.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        return generator(PROMPT, **options), seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", ["sd21", "pixart_alpha"])
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_stream_that_is_held_clean_is_at_timestep_0_in_every_step_and_the_other_is_not(name, known):
+    generator = loaded(name)
+    maps = generator(PROMPT, seeds=3, **SMALL).intrinsics[0]
+    given = Given(maps=maps) if known else Given(image=noise_picture())
+    made, seen = _rows_seen(generator, given=given, hold="clean", steps=3, seeds=1, schedule="gaussian")
+    latents = made.intrinsic_latents if known else made.latents
+    signal, sigma = signal_and_noise(generator.pipeline.scheduler.alphas_cumprod, 0)
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(1))
+    assert len(seen) == 3
+    for sample, times in seen:
+        assert not times[:, known].any() and times[:, 1 - known].all()
+        for guidance_half in sample[:, known]:
+            torch.testing.assert_close(guidance_half, signal * latents + sigma * noise, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_that_is_known_in_part_is_noised_even_if_clean_is_asked_for():
+    generator, mask = loaded("sd15"), np.zeros((64, 64), bool)
+    mask[:20, 30:] = True
+    options = {"given": Given(image=noise_picture(), repaint_image=mask), "steps": 3, "seeds": 1}
+    clean, seen = _rows_seen(generator, hold="clean", **options)
+    noised, _ = _rows_seen(generator, hold="noised", **options)
+    assert torch.equal(clean.latents, noised.latents) and all((times == times[0, 0, 0]).all() for _, times in seen)
+
+
+def test_the_run_says_how_what_is_given_is_held():
+    generator = loaded("sd15")
+    training = generator.run.manifest.training
+    assert generator(PROMPT, given=Given(image=noise_picture()), steps=1).settings["hold"] == "noised"
+    training["known_stream"] = 0.3
+    try:
+        assert generator(PROMPT, given=Given(image=noise_picture()), steps=1).settings["hold"] == "clean"
+    finally:
+        del training["known_stream"]
+    assert "hold" not in generator(PROMPT, **SMALL).settings
+
+
+def test_each_image_of_a_batch_may_have_its_own_maps():
+    generator = loaded("sd15")
+    sources = generator(PROMPT, seeds=[3, 4], **SMALL).intrinsics
+    givens = [Given(maps=maps) for maps in sources]
+    options = {"steps": 3, "schedule": "joint"}
+    together = generator(PROMPT, given=givens, seeds=[5, 6], **options)
+    for i, seed in enumerate((5, 6)):
+        alone = generator(PROMPT, given=givens[i], seeds=seed, **options)
+        close(together.latents[i : i + 1], alone.latents)
+        assert all(together.intrinsics[i][name] is sources[i][name] for name in INTRINSICS)
+    with pytest.raises(UsageError, match="2 images or sets of maps are given for 3"):
+        generator(PROMPT, given=givens, seeds=[5, 6, 7], **options)

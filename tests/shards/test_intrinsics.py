@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
 from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError, decode_png, encode_png, order_segments
+from shards.metrics import edge_f_score, segment_boundaries
 from shards.packing import CHANNELS, PALETTE, SLICES, DepthRange, pack, segment_colours, unpack, valid_mask
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12)
@@ -171,6 +173,51 @@ def test_missing_and_invalid_are_zero_and_masked() -> None:
     assert not packed[SLICES["line"]].any() and not mask[SLICES["line"]].any()
     assert not packed[SLICES["normal"]][:, :3].any() and not mask[SLICES["normal"]][:, :3].any()
     assert mask[SLICES["depth"]].all()  # the sky is a valid depth
+
+
+def _scene(seed: int, side: int = 64) -> np.ndarray:
+    """Ids of a floor, a wall, and things on them: discs and boxes of 6 to 30 % of the side."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:side, :side] / side
+    ids = np.where(rows < rng.uniform(0.2, 0.4), 2, 1).astype(np.uint16)
+    for thing in range(int(rng.integers(1, 4))):
+        y, x, half = rng.uniform(0.3, 0.8), rng.uniform(0.15, 0.85), rng.uniform(0.06, 0.15)
+        disc = (rows - y) ** 2 + (columns - x) ** 2 < half**2
+        box = (np.abs(rows - y) < half) & (np.abs(columns - x) < half)
+        ids[disc if thing % 2 else box] = 3 + thing
+    return order_segments(ids)
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_blurred_segments_have_no_strips_along_their_borders(side: int) -> None:
+    """Blur of a border's width, a slow drift within segments, grain: as VAEs decode them."""
+    rng = np.random.default_rng(5)
+    for seed in range(12):
+        ids = _scene(seed, side)
+        colours = ndimage.gaussian_filter(segment_colours(ids), (0.7, 0.7, 0))
+        drift = 0.12 * np.sin(np.mgrid[:side, :side][1] * 9 / side)[..., None]
+        packed = np.zeros((CHANNELS, side, side), np.float32)
+        noisy = colours + drift + rng.normal(0, 0.03, colours.shape)
+        packed[SLICES["segmentation"]] = np.moveaxis(noisy, 2, 0)
+        pixelwise, blurred = (unpack(packed, blurred=b)["segmentation"].values for b in (False, True))
+        assert len(np.unique(blurred)) == len(np.unique(ids)) < len(np.unique(pixelwise))
+        truth = segment_boundaries(ids)
+        assert edge_f_score(segment_boundaries(blurred), truth, 1) > 0.97
+
+
+def test_segments_that_were_not_blurred_lose_no_more_than_their_tips() -> None:
+    for seed in range(12):
+        ids = _scene(seed)
+        packed = np.zeros((CHANNELS, *ids.shape), np.float32)
+        packed[SLICES["segmentation"]] = np.moveaxis(segment_colours(ids), 2, 0)
+        assert (unpack(packed, blurred=True)["segmentation"].values != ids).sum() <= 3
+
+
+def test_an_image_of_one_colour_is_one_segment_and_one_of_noise_is_read() -> None:
+    packed = np.full((CHANNELS, 16, 24), 0.5, np.float32)
+    assert (unpack(packed, blurred=True)["segmentation"].values == 1).all()
+    noise = np.random.default_rng(1).uniform(-1, 1, packed.shape).astype(np.float32)
+    assert unpack(noise, blurred=True)["segmentation"].values.shape == (16, 24)
 
 
 def test_segments_keep_their_ids_under_noise_below_a_quarter() -> None:

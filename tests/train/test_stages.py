@@ -256,6 +256,49 @@ def test_the_loss_is_eq_5(base: str, shards: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(float(terms[name][b]), float(error.mean()), rtol=1e-4)
 
 
+def test_a_known_stream_is_at_timestep_0_and_has_no_loss_of_its_own(shards: str, tmp_path: Path) -> None:
+    task, samples = _task(shards, tiny_text.models("sd21")[0], tmp_path, "lora.known_stream=1.0")
+    batch = next(samples.batches(Sampler(batch=8, samples=8), task.draw))
+    known = batch.drawn.known
+    assert (known.sum(dim=0) == 1).all() and known.any(dim=1).all()
+    assert torch.equal(batch.drawn.timesteps == 0, known)
+    with torch.no_grad():
+        terms = task.losses(task.module, batch)
+    assert torch.allclose(terms["loss"], torch.where(known[0], terms["intrinsic"], terms["image"]))
+
+
+def test_known_streams_are_the_asked_fraction_and_change_no_other_draw() -> None:
+    def drawn(positions: range, **options: float) -> Draws:
+        config = LoraConfig(loop=LoopConfig(steps=1, batch=1, learning_rate=1.0), **options)  # type: ignore[arg-type]
+        return draw(positions, config=config, seed=3, shape=(4, 2, 2), levels=1000)
+
+    plain, mixed = drawn(range(2000)), drawn(range(2000), known_stream=0.3)
+    assert not plain.known.any() and mixed.known.float().mean(dim=1).tolist() == pytest.approx([0.15, 0.15], abs=0.03)
+    assert torch.equal(torch.where(mixed.known, 0, plain.timesteps), mixed.timesteps)
+    for name in ("noise", "posterior", "captioned"):
+        assert torch.equal(getattr(plain, name), getattr(mixed, name))
+    part = drawn(range(1000, 1010), known_stream=0.3)  # as a resumed run draws it
+    assert torch.equal(part.known, mixed.known[:, 1000:1010])
+
+
+def test_a_run_without_known_streams_is_the_run_that_it_was_before_there_were_any(shards: str, tmp_path: Path) -> None:
+    config = config_of(shards, tiny_text.models("sd21")[0], tmp_path)
+    assert "known_stream" not in config.identity("lora", 1)
+    config = config_of(shards, tiny_text.models("sd21")[0], tmp_path, "lora.known_stream=0.5")
+    assert config.identity("lora", 1)["known_stream"] == 0.5
+
+
+def test_held_out_figures_say_how_well_a_stream_is_read_that_is_known(shards: str, tmp_path: Path) -> None:
+    plain, _ = _task(shards, tiny_text.models("sd21")[0], tmp_path / "plain")
+    task, _ = _task(shards, tiny_text.models("sd21")[0], tmp_path / "known", "lora.known_stream=0.5")
+    without, found = plain.validate(0), task.validate(0)
+    assert found.score == without.score and set(found.metrics) - set(without.metrics) == {
+        "image_beside_known",
+        "intrinsic_beside_known",
+    }
+    assert found.metrics["image_beside_known"] != found.metrics["image"]
+
+
 def test_only_the_lora_learns_and_the_image_term_teaches_it_too(shards: str, tmp_path: Path) -> None:
     task, samples = _task(shards, tiny_text.models("sd21")[0], tmp_path, "lora.intrinsic_weight=0.0")
     with torch.no_grad():
@@ -272,6 +315,7 @@ def test_only_the_lora_learns_and_the_image_term_teaches_it_too(shards: str, tmp
 
 OPTIONS = {
     "independent_timesteps=1.0": {},
+    "known_stream=1.0": {},
     "snr_gamma=5.0": {},
     "noise_offset=0.1": {},
     "train_schedule=gaussian": {},

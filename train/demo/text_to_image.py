@@ -36,14 +36,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from extract.world.grammar import parse
-from shards.core.errors import UserError
+from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
 from train.cuda_graph import GraphedNetwork
 from train.data import CPU, generator_of, mirrored
 from train.demo.base_networks import (
-    IMAGE_PX,
-    LATENT_CHANNELS,
-    STRIDE,
+    ARCHITECTURES,
+    EMBEDDED,
     make_scheduler,
     make_text_encoder,
     make_tokenizer,
@@ -54,7 +53,7 @@ from train.demo.base_networks import (
 from train.demo.ground_truth import fully_named
 from train.demo.latent_channels import weigh_channels
 from train.demo.state import STATE, averaged, follow, load_state, save_state
-from train.muon import StackedMuon
+from train.muon import StackedMuon, has_bf16
 
 NOISE = 4  # a purpose of train.data.generator_of
 DECAY, BETAS = 0.01, (0.9, 0.99)  # of both optimisers
@@ -73,6 +72,9 @@ class BaseTraining:
     decided between 0.35 and 0.9; near 0, where much of a uniform draw's loss is, only their grain.
     dropout: the share of captions that are left empty. compile: the U-Net by torch.compile, on a CPU only (a GPU replays its
     kernels as CUDA graphs).
+    architecture: a row of train.demo.base_networks.ARCHITECTURES.
+    stop_at: end after this step of the second stage and write the pipeline of the averaged weights so far; the same training
+    without it, or with a later step, continues to the same result.
     """
 
     shards: str
@@ -95,7 +97,14 @@ class BaseTraining:
     cooldown: float = 0.6
     save_every: int = 100
     compile: bool = False
+    architecture: str = EMBEDDED
+    stop_at: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise UsageError(
+                f"there is no architecture {self.architecture!r} of a base; choose one of {', '.join(ARCHITECTURES)}"
+            )
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -167,8 +176,11 @@ def _train(
     config: BaseTraining,
     folder: Path,
     title: str,
+    stop_at: int | None = None,
 ) -> None:
     """Minimises loss_of(step, rows) over the parameters of `net`, which ends with its averaged weights.
+
+    stop_at: end, saved, after this step; the rates are those of all `steps` nevertheless.
 
     rows: this process's part of the step's batch; gradients are averaged over the processes.
     """
@@ -180,10 +192,11 @@ def _train(
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress:
         task, losses = progress.add_task(title, total=steps, completed=first), list[Tensor]()
-        for step in range(first, steps):
+        last = min(steps, stop_at or steps)
+        for step in range(first, last):
             for group in optimiser.param_groups:
                 group["lr"] = rate * _rate(step, steps, config)
-            with torch.autocast(device.type, torch.bfloat16):  # weights stay in float32
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):  # weights stay in float32
                 loss = loss_of(step, slice(rank, None, world))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -194,7 +207,7 @@ def _train(
             follow(average, net, config.ema, step)
             losses.append(loss.detach())  # its number would have to be waited for
             progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            if (step + 1) % config.save_every == 0 or step + 1 == last:
                 if rank == 0:
                     progress.print(f"{title} step {step + 1}: loss {torch.stack(losses).mean():.4f}")
                     save_state(folder / STATE, step + 1, net, average, optimiser)
@@ -218,13 +231,15 @@ def train_vae(config: BaseTraining, pictures: Pictures, held_out: Pictures) -> A
     """Squared error of pixels, and a little KL. Returns the VAE with its channels weighed and its scaling_factor measured."""
     torch.manual_seed(config.seed)
     device = _device()
-    vae = make_vae()
+    architecture = ARCHITECTURES[config.architecture]
+    vae = make_vae(architecture)
+    shape = (architecture.latent_channels, architecture.latent_px, architecture.latent_px)
     nn.Module.to(vae, device)
 
     def loss_of(step: int, part: slice) -> Tensor:
         rng = np.random.default_rng([config.seed, 1, step])
         rows = rng.integers(len(pictures.images), size=config.vae_batch)
-        noise = rng.standard_normal((config.vae_batch, LATENT_CHANNELS, *[IMAGE_PX // STRIDE] * 2), np.float32)
+        noise = rng.standard_normal((config.vae_batch, *shape), np.float32)
         x = pixels(pictures.images[rows[part]], device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.mean + posterior.std * torch.from_numpy(noise[part]).to(device)).sample
@@ -311,7 +326,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     """v prediction of the latents, with the text encoder; writes the finished pipeline to config.out."""
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
     torch.manual_seed(config.seed + 1)
-    unet, text = make_unet(), make_text_encoder(tokenizer)
+    unet, text = make_unet(ARCHITECTURES[config.architecture]), make_text_encoder(tokenizer)
     if config.pretrained:
         unet = UNet2DConditionModel.from_pretrained(config.pretrained, subfolder="unet", torch_dtype=torch.float32)
         text = CLIPTextModel.from_pretrained(config.pretrained, subfolder="text_encoder").float()
@@ -362,6 +377,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         config=config,
         folder=config.out / "unet",
         title="text to image",
+        stop_at=config.stop_at,
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_base(config.out / "pipeline", vae.cpu(), unet.cpu(), text.cpu(), tokenizer)

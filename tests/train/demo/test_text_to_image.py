@@ -15,7 +15,7 @@ from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
 from shards.inspect.verify import verify
 from train.__main__ import app
-from train.demo.base_networks import make_tokenizer
+from train.demo.base_networks import ARCHITECTURES, make_tokenizer
 from train.demo.ground_truth import TruthSettings, write_truth
 from train.demo.text_to_image import BaseTraining, Pictures, evenly, train_base
 
@@ -86,6 +86,36 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
     pipeline = StableDiffusionPipeline.from_pretrained(whole, use_safetensors=True)
     image = pipeline("a red cube", num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
+
+
+def test_a_training_that_stops_on_the_way_has_a_pipeline_and_ends_as_one_that_did_not(
+    truth: str, whole: Path, tmp_path: Path
+) -> None:
+    config = _three_steps(truth, tmp_path / "parts")
+    stopped = load_file(_unet(train_base(dataclasses.replace(config, stop_at=1))))
+    ended = load_file(_unet(train_base(config)))
+    once = load_file(_unet(whole))
+    assert all(torch.equal(once[key], ended[key]) for key in once)
+    assert not all(torch.equal(once[key], stopped[key]) for key in once)
+
+
+def _unet(pipeline: Path) -> Path:
+    return pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def test_every_architecture_learns_and_samples_an_image_of_its_size(truth: str, tmp_path: Path) -> None:
+    for name, architecture in ARCHITECTURES.items():
+        config = dataclasses.replace(_three_steps(truth, tmp_path / name), architecture=name, steps=1, vae_steps=1)
+        pipeline = StableDiffusionPipeline.from_pretrained(train_base(config), use_safetensors=True)
+        made = pipeline("a red cube", num_inference_steps=1, output_type="latent").images
+        side = int(name.partition("x")[0])
+        assert made.shape == (1, architecture.latent_channels, side, side)
+        assert pipeline.vae_scale_factor * side == architecture.image_px
+
+
+def test_an_architecture_that_there_is_not_is_a_usage_error(truth: str) -> None:
+    with pytest.raises(UsageError, match="9x9.*8x8, 16x16"):
+        BaseTraining(shards=truth, architecture="9x9")
 
 
 def test_only_pictures_whose_captions_name_everything_are_learned_from(truth: str) -> None:
