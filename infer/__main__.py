@@ -65,7 +65,8 @@ def sample(
     hold: Annotated[
         str | None,
         typer.Option(
-            help="How the network sees what is given: clean, or noised as the rest.", show_default="as the run was trained"
+            help="How the network sees what is given: clean, or noised as the rest.",
+            show_default="as the run was trained",
         ),
     ] = None,
     shards: Annotated[bool, typer.Option("--shards", help="Write a dataset of WebDataset shards.")] = False,

@@ -100,7 +100,12 @@ def known_latents(
 
 
 def _known_of(
-    given: Given, image_vae: AutoencoderKL, intrinsic_vae: AutoencoderKL, like: Tensor, size: tuple[int, int], streams: int
+    given: Given,
+    image_vae: AutoencoderKL,
+    intrinsic_vae: AutoencoderKL,
+    like: Tensor,
+    size: tuple[int, int],
+    streams: int,
 ) -> tuple[Tensor, Tensor]:
     """Clean latents (S, B, C, h, w), and where they are known, bool (S, B, 1, h, w), for as many images as `like` has."""
     latents = torch.zeros_like(like).repeat(streams, 1, 1, 1, 1)

@@ -148,9 +148,10 @@ class CoGenerator:
         schedule: w(l, t): "gaussian", "drop", "off", "joint", settings as in "drop:tau=800", a table's file, or an object.
         scheduler: for this call another one of diffusers, by name (SCHEDULERS). intrinsics=False: images only; the
         intrinsic stream stops as soon as it can no longer change them. shares: record the attention shares (True: means;
-        "map": of every query). given: a known image or known maps, of each image its own or of all one. hold: how the network
-        sees what is given (infer.condition); clean by default if the run was trained for it, else noised. depth: what generated depth is decoded to, the run's
-        own range by default. options: everything else that the pipeline's own call or its encode_prompt takes.
+        "map": of every query). given: a known image or known maps, one for all images or one for each. hold: how the network
+        sees what is given (infer.condition); "clean" by default if the run was trained for it, else "noised". depth: what
+        generated depth is decoded to, the run's own range by default. options: everything else that the pipeline's own call
+        or its encode_prompt takes.
 
         Raises UsageError for arguments that do not fit, UserError when the result is not finite.
         """
@@ -158,7 +159,9 @@ class CoGenerator:
         prompts, chosen = as_batch(prompt, seeds, options)
         givens = [given] if isinstance(given, Given) else list(given or ())
         if len(givens) not in (0, 1, len(chosen)):
-            raise UsageError(f"{len(givens)} images or sets of maps are given for {len(chosen)} images: give one, or all")
+            raise UsageError(
+                f"{len(givens)} images or sets of maps are given for {len(chosen)} images: give one, or all"
+            )
         if hold not in (None, *HOLDS):
             raise UsageError(f"hold = {hold!r} is not one of {', '.join(HOLDS)}")
         height, width = size = image_size(self.pipeline, size or (givens[0].size() if givens else None))

@@ -257,7 +257,9 @@ def _merged(codes: np.ndarray, colours: np.ndarray) -> np.ndarray:
     regions -= 1
 
     areas = np.bincount(regions.ravel(), minlength=count).astype(np.float64)
-    means = np.stack([np.bincount(regions.ravel(), colours[..., c].ravel(), count) for c in range(3)], 1) / areas[:, None]
+    means = (
+        np.stack([np.bincount(regions.ravel(), colours[..., c].ravel(), count) for c in range(3)], 1) / areas[:, None]
+    )
     touching = np.zeros((count, count), bool)
     for one, other in ((regions[:, :-1], regions[:, 1:]), (regions[:-1], regions[1:])):
         touching[one, other] = touching[other, one] = True
@@ -267,7 +269,7 @@ def _merged(codes: np.ndarray, colours: np.ndarray) -> np.ndarray:
     for region in range(count):
         excess[region] = _excess(means, touching, region)
     while count > 1 and excess.min() < 0:
-        into, gone = np.unravel_index(int(excess.argmin()), excess.shape)
+        into, gone = divmod(int(excess.argmin()), count)
         label[label == gone] = into
         means[into] = (means[into] * areas[into] + means[gone] * areas[gone]) / (areas[into] + areas[gone])
         areas[into] += areas[gone]

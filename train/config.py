@@ -144,8 +144,7 @@ class LoraConfig:
     """Stage 2 (eq. 5). intrinsic_weight: its lambda. caption_drop: captions left out for classifier-free guidance.
 
     The rest is off unless asked for. snr_gamma: min-SNR weighting (0: none). noise_offset: of both streams' noise.
-    independent_timesteps: the share of samples whose streams have each its own t. known_stream: the share of samples of which one
-    stream, either by half, is at timestep 0 and counts in no loss: sampling from a given image or given maps. train_schedule: w(l, t) in training ("" is
+    independent_timesteps: the share of samples whose streams have each its own t. train_schedule: w(l, t) in training ("" is
     the paper's w = 1). without: intrinsics left out of the latent. cache: read latents and text that `python -m train cache`
     added to the shards. image_stream = false: the paper's ablation "LoRA-only". shared_vae = false: its ablation without the
     shared VAE (Tab. 5), each intrinsic in a stream of its own by the base's VAE; no stage 1, and rank is that of each stream.
@@ -162,6 +161,8 @@ class LoraConfig:
     noise_offset: float = 0.0
     independent_timesteps: float = 0.0
     known_stream: float = 0.0
+    """The fraction of samples that teach sampling from a given image or given maps: one stream, chosen evenly, is at timestep 0
+    and has no loss."""
     train_schedule: str = ""
     without: tuple[str, ...] = ()
     cache: bool = False

@@ -270,7 +270,7 @@ class JointDenoiser:
         return self._step(rows, self.streams, _stage_weights(weights, sample.device)), timestep, args, kwargs
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
-        """The batch's timestep, or, where the rows differ, one for each pair (G * B): that of its streams that are not known."""
+        """The batch's timestep; where the rows differ, one for each pair (G * B), that of its unknown streams."""
         if self.schedule.constant and self._last_active is None and self.record is None:
             return [0.0]  # it does not matter; no need to wait for the device
         times = torch.as_tensor(timestep).reshape(-1)

@@ -25,10 +25,10 @@ from tests.support import tiny_text, training
 from tests.support.training import config_of, die_at_forward, in_processes
 from train.cache.make_shard import CacheConfig, Models, all_members, cache_shard
 from train.checkpoint import Checkpoint, Checkpoints
-from train.config import TrainConfig, load_train_config, recipe_names
+from train.config import LoopConfig, LoraConfig, TrainConfig, load_train_config, recipe_names
 from train.data import Batch, Samples
 from train.log import held_out_figures
-from train.lora import draw, load_task, train_lora
+from train.lora import Draws, draw, load_task, train_lora
 from train.vae import save_result, train_vae
 
 

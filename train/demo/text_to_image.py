@@ -106,6 +106,7 @@ class BaseTraining:
                 f"there is no architecture {self.architecture!r} of a base; choose one of {', '.join(ARCHITECTURES)}"
             )
 
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 

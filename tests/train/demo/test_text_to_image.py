@@ -114,7 +114,7 @@ def test_every_architecture_learns_and_samples_an_image_of_its_size(truth: str, 
 
 
 def test_an_architecture_that_there_is_not_is_a_usage_error(truth: str) -> None:
-    with pytest.raises(UsageError, match="9x9.*8x8, 16x16"):
+    with pytest.raises(UsageError, match=r"9x9.*8x8, 16x16"):
         BaseTraining(shards=truth, architecture="9x9")
 
 
