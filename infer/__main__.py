@@ -215,6 +215,17 @@ def evaluate(
     methods: Annotated[
         str, typer.Option(help="base, base-2x (twice the steps), or schedules with settings, as in drop:tau=800.")
     ] = "base,base-2x,drop,gaussian,joint",
+    oracle_intrinsics: Annotated[
+        bool,
+        typer.Option(
+            "--oracle-intrinsics",
+            help="Also the method oracle-joint: the scenes' exact maps given in every step, an upper bound of any schedule.",
+        ),
+    ] = False,
+    hold: Annotated[
+        str | None,
+        typer.Option(help="How the oracle's maps are held, as of sample.", show_default="as the run was trained"),
+    ] = None,
     search: Annotated[
         Path | None,
         typer.Option(help="A .toml grid of schedule settings in place of --methods; see docs/evaluation.md."),
@@ -270,6 +281,9 @@ def evaluate(
     from infer.evaluation.run import evaluate as carry_out
     from infer.evaluation.sets import prompt_set
 
+    chosen = search_methods(search) if search else parse_methods(methods)
+    if oracle_intrinsics:
+        chosen += tuple(oracle for oracle in parse_methods("oracle-joint") if oracle not in chosen)
     evaluation = Evaluation(
         drawing=Drawing(
             base=base,
@@ -282,11 +296,12 @@ def evaluate(
             seeds=seeds,
             map_seeds=map_seeds,
             batch=batch,
+            hold=hold,  # type: ignore[arg-type]  # checked by Drawing
             device=device,
             dtype=dtype,
             other_weights=other_weights,
         ),
-        methods=search_methods(search) if search else parse_methods(methods),
+        methods=chosen,
         prompts=prompt_set(set_ or ("file" if prompts else "demo"), captions, prompts),
         estimators="" if estimators == "none" else estimators,
         reference=reference,

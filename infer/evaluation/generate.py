@@ -17,7 +17,11 @@ import diffusers
 import numpy as np
 import transformers
 
+from extract.world import Rendering, compose, render
+from infer.bases.prompts import image_size
+from infer.condition import HOLDS, Given, Hold
 from infer.embedded import GUIDANCE, resolve
+from infer.evaluation.sets import UNSEEN, PromptSet
 from infer.jobs import DTYPES
 from infer.outputs import maker
 from infer.run_folder import load_manifest
@@ -35,17 +39,23 @@ many."""
 Arrays = dict[str, np.ndarray]
 
 
+ORACLE = "oracle-"
+"""Before a schedule's name: the scene's exact maps are given in every step."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to draw: a schedule, and how many times the steps. The base alone is the schedule off."""
+    """A way to draw. The base alone is the schedule off."""
 
     name: str
     schedule: str
     times_steps: int = 1
+    oracle: bool = False
+    """Whether the intrinsics are the exact maps of the caption's scene: what any co-generated maps could do at best."""
 
     @property
     def makes_maps(self) -> bool:
-        return self.schedule != "off"
+        return self.schedule != "off" and not self.oracle
 
     @property
     def slug(self) -> str:
@@ -71,6 +81,8 @@ def parse_methods(text: str) -> tuple[Method, ...]:
 def _method(name: str) -> Method:
     if name == BASE:
         return Method(name, "off")
+    if name.startswith(ORACLE):
+        return Method(name, name.removeprefix(ORACLE), oracle=True)
     times = re.fullmatch(r"base-(\d+)x", name)
     return Method(name, "off", int(times[1])) if times else Method(name, name)
 
@@ -90,11 +102,15 @@ class Drawing:
     seeds: int = 3
     map_seeds: int = 1
     batch: int = 32
+    hold: Hold | None = None
+    """How the oracle's maps are held (infer.condition); None: as the run was trained."""
     device: str | None = None
     dtype: str | None = None
     other_weights: bool = False
 
     def __post_init__(self) -> None:
+        if self.hold not in (None, *HOLDS):
+            raise UsageError(f"--hold {self.hold} is not one of {', '.join(HOLDS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         if min(self.steps, self.seeds, self.batch) < 1 or self.map_seeds < 0:
@@ -114,6 +130,8 @@ class Block:
     prompts: tuple[str, ...]
     maps: bool
     file: str
+    scenes: tuple[int, ...] = ()
+    """Of an oracle: the scenes of its prompts in the world's seed UNSEEN."""
 
     @property
     def numbers(self) -> range:
@@ -134,22 +152,30 @@ class Studio:
         self._manifest = load_manifest(resolve(drawing.run, "run"))
         resolve(drawing.base, "base")
 
-    def blocks(self, methods: Sequence[Method], prompts: Sequence[str]) -> list[Block]:
-        """All blocks, the first image of every prompt first. Raises UserError for a schedule that there is not."""
+    def blocks(self, methods: Sequence[Method], prompts: PromptSet) -> list[Block]:
+        """All blocks, the first image of every prompt first.
+
+        Raises UserError for a schedule that there is not, and UsageError for an oracle of prompts whose scenes are not known.
+        """
         drawing = self.drawing
+        if not prompts.scenes and (oracle := next((method for method in methods if method.oracle), None)):
+            raise UsageError(f"{oracle.name} needs scenes whose maps are known: give --set demo or depth")
         decisive = {k: v for k, v in asdict(drawing).items() if k not in _INDIFFERENT}
         decisive |= {"run": maker(self._manifest)["id"]}
         schedules = {method: self._manifest.stage_map.schedule(method.schedule).to_dict() for method in methods}
         found = []
         for number in range(drawing.seeds):
             for method in methods:
-                for first in range(0, len(prompts), drawing.batch):
-                    part = tuple(prompts[first : first + drawing.batch])
+                for first in range(0, len(prompts.prompts), drawing.batch):
+                    part = prompts.prompts[first : first + drawing.batch]
+                    scenes = prompts.scenes[first : first + drawing.batch] if method.oracle else ()
                     seed, maps = drawing.seed + number, method.makes_maps and number < drawing.map_seeds
                     about = decisive | {"schedule": schedules[method], "times_steps": method.times_steps}
                     about |= {"seed": seed, "first": first, "apart": APART, "prompts": list(part), "maps": maps}
+                    if method.oracle:
+                        about |= {"scenes": list(scenes), "world": UNSEEN, "hold": drawing.hold}
                     name = f"s{seed}-{first // drawing.batch:04d}-{digest(about)[:8]}"
-                    found.append(Block(method, seed, first, part, maps, f"images/{method.slug}/{name}.npz"))
+                    found.append(Block(method, seed, first, part, maps, f"images/{method.slug}/{name}.npz", scenes))
         return found
 
     def draw(self, blocks: Sequence[Block], done: Callable[[Block, bool], None]) -> None:
@@ -172,11 +198,19 @@ class Studio:
             schedule=block.method.schedule,
             scheduler=drawing.scheduler,
             intrinsics=block.maps,
+            given=self._exact_maps(block) if block.method.oracle else None,
+            hold=drawing.hold if block.method.oracle else None,
         )
         arrays = {"image": np.stack([np.asarray(image.convert("RGB")) for image in made.images])}
         for name in made.intrinsics[0] if made.intrinsics else ():
             arrays[name] = np.stack([maps[name].values for maps in made.intrinsics]).astype(_STORED[name])
         return arrays
+
+    def _exact_maps(self, block: Block) -> list[Given]:
+        """Of each prompt the maps of its scene, at the size that is drawn."""
+        size = image_size(self._generator.pipeline, self.drawing.size)
+        arrays = arrays_of([render(compose(UNSEEN, scene), size) for scene in block.scenes])
+        return [Given(maps=maps_of(arrays, row)) for row in range(len(block.scenes))]
 
     @cached_property
     def _generator(self) -> CoGenerator:
@@ -195,7 +229,7 @@ class Studio:
         return generator
 
 
-_INDIFFERENT = ("seed", "seeds", "map_seeds", "batch", "device", "run")
+_INDIFFERENT = ("seed", "seeds", "map_seeds", "batch", "device", "run", "hold")
 _STORED: Mapping[str, Any] = {"depth": np.float32, "normal": np.float16, "segmentation": np.uint16, "line": np.float16}
 _READ: Mapping[str, Any] = {**_STORED, "normal": np.float32, "line": np.float32}
 _SAID = {"depth": {"kind": "metric"}}  # of maps that the sampler makes of noise alone, and of renderings
@@ -207,6 +241,17 @@ def maps_of(arrays: Arrays, row: int) -> dict[str, IntrinsicMap]:
         name: IntrinsicMap(arrays[name][row].astype(_READ[name]), _SAID.get(name, {}))
         for name in _READ
         if name in arrays
+    }
+
+
+def arrays_of(renderings: Sequence[Rendering]) -> Arrays:
+    """Renderings as a block's arrays: images and exact maps."""
+    return {
+        "image": np.stack([one.image for one in renderings]),
+        "depth": np.stack([one.depth_m for one in renderings]),
+        "normal": np.stack([one.normal for one in renderings]).astype(np.float16),
+        "segmentation": np.stack([one.segmentation for one in renderings]),
+        "line": np.stack([one.line for one in renderings]).astype(np.float16),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from extract.world import Rendering, compose, render
+from extract.world import compose, render
 from infer.evaluation.agreement import Estimators
 from infer.evaluation.demo.detector import Detector
 from infer.evaluation.demo.pixel_net import SHIPPED
@@ -20,6 +20,7 @@ from infer.evaluation.generate import (
     Drawing,
     Method,
     Studio,
+    arrays_of,
     chunks,
     maps_of,
     parse_methods,
@@ -89,7 +90,7 @@ def evaluate(evaluation: Evaluation, out: str, judges: Sequence[Judge], progress
     drawing, prompts = evaluation.drawing, evaluation.prompts
     detector = Detector.load(evaluation.detector or SHIPPED) if evaluation.of_demo_world else None
     studio = Studio(drawing, folder)
-    blocks = studio.blocks(evaluation.methods, prompts.prompts)
+    blocks = studio.blocks(evaluation.methods, prompts)
     made = 0
 
     def drawn(block: Block, new: bool) -> None:
@@ -164,20 +165,10 @@ def _rendered(
         name = f"{part[0] // batch:04d}-{digest({'scenes': scenes, 'size': list(size), 'seed': UNSEEN})[:8]}"
         block = Block(method, 0, part[0], captions, True, f"images/{RENDERINGS}/{name}.npz")
         if not folder.exists(block.file):
-            write_arrays(folder, block.file, _arrays([render(compose(UNSEEN, scene), size) for scene in scenes]))
+            write_arrays(folder, block.file, arrays_of([render(compose(UNSEEN, scene), size) for scene in scenes]))
         blocks.append(block)
         advance(len(captions))
     return blocks
-
-
-def _arrays(renderings: Sequence[Rendering]) -> Arrays:
-    return {
-        "image": np.stack([one.image for one in renderings]),
-        "depth": np.stack([one.depth_m for one in renderings]),
-        "normal": np.stack([one.normal for one in renderings]).astype(np.float16),
-        "segmentation": np.stack([one.segmentation for one in renderings]),
-        "line": np.stack([one.line for one in renderings]).astype(np.float16),
-    }
 
 
 def _reference(

@@ -8,10 +8,14 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
+from extract.world import compose, render
 from infer.__main__ import app
+from infer.condition import Given
+from infer.evaluation.sets import UNSEEN, demo_captions
 from infer.sampler import CoGenerator
 from shards.core.errors import UserError
 from tests.support import tiny_text
+from train.demo.ground_truth import exact_maps
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,29 @@ def test_the_base_of_a_schedule_that_is_off_is_the_base(models, tmp_path):
     assert rows["gaussian:alpha=0"]["values"]["fid_base"]["value"] == pytest.approx(0, abs=1e-3)
 
 
+def test_the_oracle_is_drawn_with_the_exact_maps_of_each_captions_scene(models, tmp_path):
+    asked = ["--captions", "2", "--seeds", "1", "--reference", "4", "--methods", "base", "--oracle-intrinsics"]
+    for hold in ("noised", "clean"):
+        evaluate(models, tmp_path, *asked, "--hold", hold)
+        table = json.loads((tmp_path / "table.json").read_text())
+        assert [row["method"] for row in table["rows"]] == ["renderings", "base", "oracle-joint"]
+        assert "abs_rel" not in table["rows"][2]["values"]  # its maps are given, not made
+    files = sorted((tmp_path / "images" / "oracle-joint").glob("*.npz"))
+    assert len(files) == 2
+    drawn = [np.load(file)["image"].astype(int) for file in files]
+
+    prompts = demo_captions(2)
+    renderings = [render(compose(UNSEEN, scene), 64) for scene in prompts.scenes]
+    values = dict(zip(models[::2], models[1::2], strict=True))
+    with CoGenerator.from_pretrained(values["--base"], values["--run"], device="cpu") as generator:
+        for hold in ("noised", "clean"):
+            options = {"seeds": [0, 1000], "steps": 2, "size": 64, "schedule": "joint", "hold": hold, "guidance": 7.5}
+            given = [Given(maps=exact_maps(one)) for one in renderings]
+            images = generator(list(prompts.prompts), given=given, **options).images
+            own = np.stack([np.asarray(image) for image in images]).astype(int)
+            assert min(abs(own - other).max() for other in drawn) <= 2 < max(abs(own - other).max() for other in drawn)
+
+
 def test_other_prompts_are_judged_by_the_models_of_the_hub(models, clip, tmp_path):
     prompts = tmp_path / "mine.txt"
     prompts.write_text("a dog\na cat on a mat\n")
@@ -131,6 +158,8 @@ def test_a_search_runs_the_grid_beside_the_base(models, tmp_path):
         (["--clip", "/nowhere"], "/nowhere"),
         (["--detector", "/nowhere"], "/nowhere"),
         (["--estimators", "magic"], "magic"),
+        (["--set", "multi", "--oracle-intrinsics"], "oracle-joint needs scenes"),
+        (["--hold", "tight"], "--hold tight"),
     ],
 )
 def test_mistakes_are_sentences(models, tmp_path, arguments, said):
