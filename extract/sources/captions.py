@@ -2,8 +2,6 @@
 
 import csv
 import itertools
-import json
-import math
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple
@@ -12,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extract.sources.files import ReadProblem
+from extract.sources.values import arrow_rows, parse_json_object
 from shards.core.errors import UsageError
+from shards.metadata import MAX_METADATA_BYTES, MetadataError
 from shards.core.storage import Folder
 
 CAPTION_FIELDS = ("caption", "text", "prompt", "description", "title")  # in any mix of upper and lower case
 FILE_FIELDS = ("file", "file_name", "filename", "file_path", "filepath", "path", "image", "image_path")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-MAX_METADATA_BYTES = 1 << 20
 csv.field_size_limit(max(csv.field_size_limit(), MAX_METADATA_BYTES))
 
 
@@ -59,24 +58,11 @@ def checked_caption(text: str, limit: int) -> str:
 
 
 def json_object(data: str | bytes) -> dict[str, Any]:
-    """A JSON object whose values JSON can hold again: numbers that are none (NaN, Infinity) become null.
-
-    Raises ReadProblem if it is broken, no object, or has strings that are not Unicode.
-    """
+    """A JSON object whose values JSON can hold again. Raises ReadProblem if it is broken, no object, or beyond the limits."""
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
-        if not isinstance(value, dict):
-            raise ReadProblem("bad_metadata", f"the json is a {type(value).__name__}, not an object")
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ReadProblem("bad_metadata", f"the json cannot be read: {error}") from error
-    return value
-
-
-def _finite(number: str) -> float | None:
-    value = float(number)
-    return value if math.isfinite(value) else None
+        return parse_json_object(data)
+    except MetadataError as error:
+        raise ReadProblem("bad_metadata", f"the json cannot be used: {error}") from error
 
 
 def caption_in(fields: Mapping[str, Any], field: str | None, limit: int) -> str:
@@ -207,9 +193,9 @@ def _parquet_records(file: IO[bytes], address: str) -> Iterator[tuple[str, dict[
         columns = [field.name for field in schema if not _is_binary(field.type)]
         number = 0
         for batch in table.iter_batches(batch_size=4096, columns=columns):
-            for record in batch.to_pylist():
+            for record in arrow_rows(batch):
                 number += 1
-                yield f"row {number}", json_object(json.dumps(record, default=str))
+                yield f"row {number}", record
     except (pa.ArrowException, ValueError) as error:
         raise UsageError(f"{address} cannot be read as parquet: {error}") from error
 

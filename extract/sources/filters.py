@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from extract.sources.values import column_values
 from shards.core.errors import UsageError
 
 # What each quantity is called in published tables (any mix of upper and lower case).
@@ -30,25 +31,8 @@ Column: TypeAlias = Sequence[Any] | pa.Array
 
 
 def listed(column: Column) -> Sequence[Any]:
-    """The values as Python's own. A parquet file may hold text that is no UTF-8: its bad bytes become U+FFFD."""
-    if not isinstance(column, pa.Array):
-        return column
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            return [_nested(value) for value in column]
-        cells = column.cast(pa.large_binary()).to_pylist()
-        values = [None if cell is None else cell.decode("utf-8", "replace") for cell in cells]
-    return values
-
-
-def _nested(value: Any) -> Any:
-    """A list or the like; null if there is text in it that is no UTF-8."""
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return None
+    """The values as JSON's own: those of a parquet file are converted exactly as when its rows are read."""
+    return column_values(column) if isinstance(column, pa.Array) else column
 
 
 @dataclass(frozen=True)

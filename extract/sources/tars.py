@@ -27,13 +27,15 @@ from fsspec.core import url_to_fs
 from extract.sources import Failure, RawSample, Unit
 from extract.sources.filters import Filters
 from extract.sources.foreign_tar import Member, scan
+from extract.sources.values import parse_json_object
 from shards.core.errors import UsageError, UserError
+from shards.metadata import MAX_METADATA_BYTES, MetadataError
 from shards.sample import KEY, MAX_MEMBER_BYTES
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_SUFFIXES = ("txt", "caption")
 CAPTION_FIELDS = ("caption", "text", "TEXT", "prompt")
-MAX_TEXT_BYTES = 1 << 20
+MAX_TEXT_BYTES = MAX_METADATA_BYTES
 """Captions and json above this are refused; they are read whole into memory."""
 _COUNTED_TARS = 10_000
 
@@ -247,11 +249,9 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], fil
     meta: dict[str, Any] = {}
     if "json" in members:
         try:
-            meta = json.loads(data("json"))
-        except (ValueError, RecursionError) as error:
-            return failure("bad_metadata", f"its json cannot be read: {error}")
-        if not isinstance(meta, dict):
-            return failure("bad_metadata", "its json is not an object")
+            meta = parse_json_object(data("json"))
+        except MetadataError as error:
+            return failure("bad_metadata", f"its json cannot be used: {error}")
     captions = [suffix for suffix in CAPTION_SUFFIXES if suffix in members]
     if captions:
         try:

@@ -5,11 +5,7 @@ file by its number and the byte where the range that it belongs to starts, which
 """
 
 import csv
-import datetime
-import decimal
 import itertools
-import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from extract.sources.captions import MAX_METADATA_BYTES
-from extract.sources.filters import Column, listed
+from extract.sources.filters import Column
 from extract.sources.tars import expand_braces
+from extract.sources.values import arrow_rows, json_value, parse_json_object, within_limits
 from shards.core.errors import UsageError, UserError
+from shards.metadata import MAX_METADATA_BYTES, MetadataError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _BATCH_ROWS = 4096
+_BATCH_BYTES = 64 << 20
+csv.field_size_limit(max(csv.field_size_limit(), MAX_METADATA_BYTES))
 _HEAD_ROWS = 100
 _STORE_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -169,16 +168,18 @@ class Table:
             offset = lines.position
         yield offset
 
-    def rows(self, cut: Cut) -> Iterator[dict[str, Any] | str]:
-        """The rows of a range as JSON values, or what is wrong with a row. Raises one of read_errors()."""
+    def rows(self, cut: Cut, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | str]:
+        """The rows of a range as JSON values, or what is wrong with a row. Raises one of read_errors().
+
+        columns: of a parquet file, those that are needed; others are not read.
+        """
         if cut.start >= cut.stop:
             return
         with self._open() as file:
             if self.is_parquet:
-                for batch in _parquet_batches(pq.ParquetFile(file), None, cut.start, cut.stop):
-                    columns = [listed(column) for column in batch.columns]
-                    for values in zip(*columns, strict=True):
-                        yield {name: plain(v) for name, v in zip(batch.schema.names, values, strict=True)}
+                needed = None if columns is None else list(columns)
+                for batch in _parquet_batches(pq.ParquetFile(file), needed, cut.start, cut.stop):
+                    yield from arrow_rows(batch)
             else:
                 file.seek(cut.offset)
                 yield from itertools.islice(self._text_rows(_Lines(file)), cut.stop - cut.start)
@@ -228,13 +229,19 @@ class Table:
             yield from _json_rows(lines)
             return
         columns = self.columns
+        position = lines.position
         for fields in self._reader(lines):
+            size, position = lines.position - position, lines.position
             if isinstance(fields, str):
                 yield f"it is not csv: {fields}"
             elif len(fields) != len(columns):
                 yield f"it has {len(fields)} fields; the table has {len(columns)} columns"
             else:
-                yield {name: plain(value) for name, value in zip(columns, fields, strict=True)}
+                row = {
+                    name: text if text.isascii() else json_value(text)
+                    for name, text in zip(columns, fields, strict=True)
+                }
+                yield within_limits(row, size)
 
 
 class _Lines:
@@ -263,11 +270,9 @@ def _json_lines(lines: _Lines) -> Iterator[bytes]:
 def _json_rows(lines: _Lines) -> Iterator[dict[str, Any] | str]:
     for line in _json_lines(lines):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield f"it is not JSON: {error}"
-            continue
-        yield plain(row) if isinstance(row, dict) else "it is not a JSON object"
+            yield parse_json_object(line)
+        except MetadataError as error:
+            yield str(error)
 
 
 def _cut(rows: int | Iterable[int], first: int, step: int) -> Iterator[Cut]:
@@ -299,7 +304,8 @@ def _parquet_batches(
         last = first + file.metadata.row_group(group).num_rows
         if last > start and first < stop:
             position = first
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            rows = _rows_at_once(file.metadata.row_group(group))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
                 low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                 if low < high:
                     yield batch.slice(low, high - low)
@@ -309,22 +315,7 @@ def _parquet_batches(
         first = last
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: NaN and infinities become null, times ISO 8601 text, bytes hex digits."""
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal | datetime.timedelta):
-        return str(value)
-    raise TypeError(f"a table has a value of the type {type(value).__name__}, which JSON cannot hold")
+def _rows_at_once(group: pq.RowGroupMetaData) -> int:
+    """Fewer where rows are large, so that a batch is not."""
+    row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -31,8 +31,9 @@ from extract.sources.captions import checked_caption
 from extract.sources.files import ReadProblem
 from extract.sources.filters import Column, Filters, listed
 from extract.sources.url_tables import Cut, Table, find_tables, read_errors
-from shards.core.errors import UsageError, UserError
+from extract.sources.values import kept_fields
 from shards.edit.duplicates import Repeats, find_repeats
+from shards.core.errors import UsageError, UserError
 
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
 CAPTION_COLUMNS = ("caption", "text", "alt", "alt_text", "prompt", "description", "title")
@@ -85,6 +86,7 @@ class UrlSource:
         the downloaded bytes, within one shard; or the name of a column, such as a hash that the table states.
     verify_hash: refuse images that have not the md5 or sha256 that a column of this name (or sha256_column, md5_column)
         states.
+    columns: those that are kept in the samples' json; None for all. Others are not read where nothing else needs them.
     """
 
     tables: str | tuple[str, ...]
@@ -95,6 +97,7 @@ class UrlSource:
     verify_hash: bool = True
     sha256_column: str | None = None
     md5_column: str | None = None
+    columns: tuple[str, ...] | None = None
     filters: Filters = field(default_factory=Filters)
     download: DownloadSettings = field(default_factory=DownloadSettings)
 
@@ -123,6 +126,8 @@ class UrlSource:
                 size += max(0, table_size)
         settings = json.loads(json.dumps(dataclasses.asdict(self)))  # with lists, as dataset.json gives them back
         del settings["tables"], settings["download"]
+        if self.columns is None:
+            del settings["columns"]  # as in datasets from before there was this setting
         return {"kind": "urls", "tables": len(self._tables), "bytes": size, "listing": digest.hexdigest(), **settings}
 
     def total(self) -> int | None:
@@ -215,19 +220,26 @@ class UrlSource:
                 raise UsageError(
                     f"source.distinct names {name!r}, but {table.address} has only {', '.join(table.columns)}"
                 )
-            needed = {column, *columns.values.values()}
+            needed = {column, columns.url, *columns.values.values()}
             if self.filters.needs_captions and columns.caption:
                 needed.add(columns.caption)
             stop = (1 << 60) if limit is None else limit - row
             for batch in table.batches(sorted(needed), stop):
                 texts = listed(batch[column])
                 counts = self.filters.passing(*self._filtered(columns, batch, len(texts)))
+                if column != columns.url:
+                    counts &= np.array([_is_url(url) for url in listed(batch[columns.url])], bool)
                 for found in earlier:
                     counts[found.within(row, row + len(texts))] = False
-                yield [
-                    str(text).strip() or None if counted and text is not None else None
-                    for text, counted in zip(texts, counts.tolist(), strict=True)
-                ]
+                kept = zip(texts, counts.tolist(), strict=True)
+                if column == columns.url:
+                    yield [
+                        text.strip() or None if counted and isinstance(text, str) else None for text, counted in kept
+                    ]
+                else:
+                    yield [
+                        str(text).strip() or None if counted and text is not None else None for text, counted in kept
+                    ]
                 row += len(texts)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
@@ -262,7 +274,7 @@ class UrlSource:
         group: list[tuple[int, dict[str, Any] | str]] = []
         try:
             columns = self._columns(table)
-            for number, row in enumerate(table.rows(part.cut)):
+            for number, row in enumerate(table.rows(part.cut, self._needed(table, columns))):
                 if number == following:
                     group.append((number, row))
                     following = next(wanted, None)
@@ -308,7 +320,7 @@ class UrlSource:
 
     def _row(self, key: str, row: dict[str, Any], columns: Columns, repeats: Sequence[str]) -> Row:
         url = row.get(columns.url)
-        if not isinstance(url, str) or not url.strip():
+        if not _is_url(url):
             raise ReadProblem("bad_row", f"its {columns.url!r} is not a URL")
         for name in repeats:
             if name == "url":
@@ -340,7 +352,7 @@ class UrlSource:
                 raise ReadProblem("hash_mismatch", f"its {kind} is {found}; the table states {stated[:80]!r}")
         if "content" in self.distinct and contents.setdefault(digest, row.key) != row.key:
             raise ReadProblem("filtered_repeated_content", f"its bytes are the same as those of {contents[digest]}")
-        meta = {f"{name}_of_table" if name in _OURS else name: value for name, value in row.fields.items()}
+        meta = kept_fields(row.fields, self.columns, _OURS, "_of_table")
         if not {"url", "URL"} & meta.keys():
             meta["url"] = row.url
         meta.setdefault("sha256", digest)
@@ -364,7 +376,18 @@ class UrlSource:
                     hashes.append((kind, _column(table, given, (), f"{kind}_column", f"the {kind}")))
                 else:
                     hashes += [(kind, name) for name in names if name.lower() == kind]
+        for name in self.columns or ():
+            if name not in names:
+                raise UsageError(f"source.columns names {name!r}, but {table.address} has only {', '.join(names)}")
         return Columns(url, caption, self.filters.columns(names, table.address), tuple(hashes))
+
+    def _needed(self, table: Table, columns: Columns) -> list[str] | None:
+        """The columns to read, in the table's order; None for all."""
+        if self.columns is None:
+            return None
+        needed = {columns.url, columns.caption, *columns.values.values(), *self.columns, *self.distinct}
+        needed.update(name for _, name in columns.hashes)
+        return [name for name in table.columns if name in needed]
 
     def _filtered(
         self, columns: Columns, batch: Mapping[str, Column], count: int
@@ -391,6 +414,11 @@ def _column(table: Table, given: str | None, usual: Sequence[str], setting: str,
             f"source.{setting}{hint}"
         )
     return found
+
+
+def _is_url(value: Any) -> TypeGuard[str]:
+    """Whether a cell may be one; what it leads to is seen later."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _text(value: Any) -> str:

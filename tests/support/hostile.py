@@ -258,7 +258,7 @@ CAPTIONS: dict[str, tuple[str, bytes, str]] = {
     "json_list": (".json", b'["a beetle"]', "bad_metadata"),
     "json_broken": (".json", b'{"caption": "a beet', "bad_metadata"),
     "json_deep": (".json", b'{"a":' * 100_000, "bad_metadata"),
-    "json_surrogate": (".json", b'{"caption": "\\ud800"}', "bad_metadata"),
+    "json_surrogate": (".json", b'{"caption": "a", "note": "\\ud800"}', OK),
     "json_object_caption": (".json", b'{"caption": {"en": "a beetle"}}', "bad_metadata"),
     "json_nan": (".json", b'\xef\xbb\xbf{"TEXT": "a beetle", "score": NaN, "big": 1e999}', OK),
     "json_number": (".json", b'{"caption": 7}', OK),

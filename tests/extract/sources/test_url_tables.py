@@ -21,11 +21,12 @@ from extract.download.downloader import DownloadSettings
 from extract.sources import RawSample
 from extract.sources.filters import Filters
 from extract.sources.table import open_source
-from extract.sources.url_tables import Cut, Table, plain
+from extract.sources.url_tables import Cut, Table
 from extract.sources.urls import UrlSource
-from shards.core.errors import UsageError, UserError
-from tests.support.url_tables import Sources, everything, outcome, parquet
-from tests.support.web import Web
+from extract.sources.values import json_value
+from shards.errors import UsageError, UserError
+from tests.url_tables import Sources, everything, outcome, parquet
+from tests.web import Web
 
 
 def columns_of(count: int, start: int = 0) -> dict[str, list]:
@@ -144,7 +145,7 @@ def test_columns_keep_their_values_in_a_form_that_json_can_hold(make: Sources, w
     assert sample.meta["boxes"] == [[0.5, None]] and sample.meta["nested"] == {"a": None, "b": "ü"}
     assert sample.meta["download_of_table"] == "hidden" and sample.meta["download"]["status"] == 200
     assert json.loads(json.dumps(sample.meta, allow_nan=False)) == sample.meta
-    assert plain("\ud800") == "?"
+    assert json_value("\ud800") == "\ufffd"
 
 
 def test_text_of_a_parquet_that_is_no_utf8_costs_no_row(make: Sources, web: Web, tmp_path: Path) -> None:
