@@ -14,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from extract.filters import Filters
 from extract.sources import Failure, RawSample, Unit
-from extract.sources.filters import Filters
-from shards.core.errors import UsageError, UserError
+from extract.sources.values import OURS, arrow_rows, kept_fields
+from shards.errors import UsageError, UserError
 
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "captions", "description", "title")
 
@@ -26,6 +29,7 @@ class HuggingFaceSource:
     """dataset: a local folder or a hub id. config, split, revision: as `load_dataset` takes them.
 
     image, caption: the columns; found by their type and by usual names when not given.
+    columns: those that are kept in the samples' json; None for all that are no images, sounds or the like.
     filters: on the other columns, and on the caption; applied before an image is decoded.
     """
 
@@ -36,6 +40,7 @@ class HuggingFaceSource:
     image: str | None = None
     caption: str | None = None
     streaming: bool | None = None
+    columns: tuple[str, ...] | None = None
     filters: Filters = field(default_factory=Filters)
 
     @property
@@ -96,6 +101,7 @@ class HuggingFaceSource:
             "caption": self.caption,
             "filters": json.loads(json.dumps(dataclasses.asdict(self.filters))),
             "fingerprint": fingerprint,
+            **({} if self.columns is None else {"columns": list(self.columns)}),
         }
 
     def _is_stream(self) -> bool:
@@ -119,12 +125,27 @@ class HuggingFaceSource:
             for index in range(self._data.num_shards):
                 if left <= 0:
                     return
-                count = sum(1 for _ in self._file(index).take(left))
+                count = sum(row.num_rows for row in self._file(index).take(left))
                 yield Unit(index, {"file": index, "first": count})
                 left -= count
 
+    @cached_property
+    def _rows(self) -> Any:
+        """The data as arrow tables of one row: Python cannot hold every value that a dataset can."""
+        return self._data.with_format("arrow")
+
     def _file(self, index: int) -> Any:
-        return self._data.shard(num_shards=self._data.num_shards, index=index)
+        return self._rows.shard(num_shards=self._data.num_shards, index=index)
+
+    def _metadata_columns(self) -> set[str] | None:
+        """The columns that are kept, if the dataset says which it has. Raises UsageError for one that is not there."""
+        features = self._data.features
+        for name in (self.columns or ()) if features else ():
+            if name not in features:
+                raise UsageError(f"source.columns names {name!r}, but {self.dataset!r} has only {', '.join(features)}")
+        if self.columns is not None:
+            return set(self.columns)
+        return {name for name, kind in features.items() if not hasattr(kind, "decode_example")} if features else None
 
     def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
         image, caption = self._image_column(self._data), self._caption_column()
@@ -138,18 +159,26 @@ class HuggingFaceSource:
             keys = (f"{unit.items['file']:06d}-{number:08d}" for number in range(1 << 62))
         else:
             start, stop = unit.items["start"], unit.items["stop"]
-            rows = (self._data[row] for row in range(start, stop))
+            rows = (self._rows[row] for row in range(start, stop))
             keys = (f"{row:09d}" for row in range(start, stop))
+        kept = self._metadata_columns()
         for key, row in zip(keys, rows, strict=False):
-            yield self._output(key, dict(row), image, caption)
+            yield self._output(key, row, image, caption, kept)
 
-    def _output(self, key: str, row: dict[str, Any], image: str, caption: str | None) -> RawSample | Failure:
-        cell = row.pop(image)
-        text = row.pop(caption, "") if caption else ""
+    def _output(
+        self, key: str, row: pa.Table, image: str, caption: str | None, kept: set[str] | None
+    ) -> RawSample | Failure:
+        cell = row.column(image)[0].as_py()
+        wanted = set(row.column_names) if kept is None or self.filters.active else {*kept, caption}
+        needed = [name for name in row.column_names if name != image and name in wanted]
+        fields = arrow_rows(row.select(needed).combine_chunks().to_batches()[0])[0]
+        if isinstance(fields, str):
+            return Failure(key, "read", "bad_row", f"the row cannot be used: {fields}")
+        text = fields.pop(caption, "") if caption else ""
         if isinstance(text, list):
             text = text[0] if text else ""
         text = text if isinstance(text, str) else ""
-        if dropped := self.filters.drop(row, text):
+        if dropped := self.filters.drop(fields, text):
             return Failure(key, "read", *dropped)
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
         if data is None and path:
@@ -162,7 +191,4 @@ class HuggingFaceSource:
                 return Failure(key, "read", "missing_file", f"its image {path} cannot be read: {error.strerror}")
         if data is None:
             return Failure(key, "read", "no_image", f"the column {image!r} is empty")
-        meta = {
-            name: value for name, value in row.items() if value is None or isinstance(value, str | int | float | bool)
-        }
-        return RawSample(key, data, text, meta)
+        return RawSample(key, data, text, kept_fields(fields, kept, OURS))

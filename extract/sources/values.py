@@ -246,10 +246,17 @@ def arrow_rows(
     sizes = np.zeros(batch.num_rows, np.int64)
     columns = []
     for name, column in zip(names, batch.columns, strict=True):
+        if _is_media(column.type):
+            columns.append(known.get(name) or _paths(column))
+            continue
         lengths = _lengths(column)
         too_long = np.flatnonzero(lengths > MAX_METADATA_BYTES).tolist()
         for row in too_long:
-            faults.setdefault(row, f"its {name!r} has {int(lengths[row]):,} bytes; {MAX_METADATA_BYTES:,} are allowed")
+            faults.setdefault(
+                row,
+                f"its {name!r} has {int(lengths[row]):,} bytes; {MAX_METADATA_BYTES:,} are allowed "
+                "(source.columns can leave a column out)",
+            )
         columns.append(known.get(name) or _values(column, faults, name, frozenset(too_long)))
         sizes += lengths
 
@@ -267,6 +274,17 @@ def column_values(column: pa.Array) -> list[Any]:
     """The cells of a column as JSON values. Never raises; null for a cell that is beyond the limits of metadata."""
     too_long = np.flatnonzero(_lengths(column) > MAX_METADATA_BYTES).tolist()
     return _values(column, {}, "", frozenset(too_long))
+
+
+def _is_media(kind: pa.DataType) -> bool:
+    """Whether a column holds images or sounds as Hugging Face stores them."""
+    return pa.types.is_struct(kind) and {field.name for field in kind} == _MEDIA
+
+
+def _paths(column: pa.StructArray) -> list[Any]:
+    """Of images and sounds what _object() keeps; their bytes are not touched."""
+    paths = _values(pc.struct_field(column, "path"), {}, "path", frozenset())
+    return [{"path": path} if there else None for path, there in zip(paths, column.is_valid().to_pylist(), strict=True)]
 
 
 def _values(column: pa.Array, faults: dict[int, str], name: str, leave_out: frozenset[int]) -> list[Any]:
@@ -396,6 +414,10 @@ def _odd_time(value: pa.Scalar) -> str | None:
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+OURS = frozenset({"intrinsics"})
+"""Fields of a sample's json that belong to us in every dataset."""
 
 
 def kept_fields(
