@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from extract.sources.files import ReadProblem
 from extract.sources.values import arrow_rows, parse_json_object
 from shards.core.errors import UsageError
-from shards.metadata import MAX_METADATA_BYTES, MetadataError
 from shards.core.storage import Folder
+from shards.metadata import MAX_METADATA_BYTES, MetadataError
 
 CAPTION_FIELDS = ("caption", "text", "prompt", "description", "title")  # in any mix of upper and lower case
 FILE_FIELDS = ("file", "file_name", "filename", "file_path", "filepath", "path", "image", "image_path")

@@ -16,10 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from extract.filters import Filters
 from extract.sources import Failure, RawSample, Unit
+from extract.sources.filters import Filters
 from extract.sources.values import OURS, arrow_rows, kept_fields
-from shards.errors import UsageError, UserError
+from shards.core.errors import UsageError, UserError
 
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "captions", "description", "title")
 

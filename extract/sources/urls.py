@@ -32,8 +32,8 @@ from extract.sources.files import ReadProblem
 from extract.sources.filters import Column, Filters, listed
 from extract.sources.url_tables import Cut, Table, find_tables, read_errors
 from extract.sources.values import kept_fields
-from shards.edit.duplicates import Repeats, find_repeats
 from shards.core.errors import UsageError, UserError
+from shards.edit.duplicates import Repeats, find_repeats
 
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
 CAPTION_COLUMNS = ("caption", "text", "alt", "alt_text", "prompt", "description", "title")

@@ -96,6 +96,8 @@ def _convert(value: Any, depth: int, room: list[int]) -> Any:
     if convert is not None:
         return convert(value)
 
+    if isinstance(value, pa.Scalar):  # some of them are mappings, too
+        return _scalar(value, depth, room)
     if isinstance(value, Mapping):
         _enter(len(value), depth, room)
         return _object(value, depth, room)
@@ -146,8 +148,6 @@ def _odd(value: Any, depth: int, room: list[int]) -> Any:
         _enter(value.size, depth, room)
         items = value.tolist() if value.dtype.kind in "biufSU" or value.ndim == 0 else list(value)
         return _convert(items, depth, room)
-    if isinstance(value, pa.Scalar):
-        return _scalar(value, depth, room)
     if isinstance(value, pa.Array | pa.ChunkedArray):
         _enter(len(value), depth, room)
         return [_scalar(item, depth - 1, room) for item in value]

@@ -24,9 +24,9 @@ from extract.sources.table import open_source
 from extract.sources.url_tables import Cut, Table
 from extract.sources.urls import UrlSource
 from extract.sources.values import json_value
-from shards.errors import UsageError, UserError
-from tests.url_tables import Sources, everything, outcome, parquet
-from tests.web import Web
+from shards.core.errors import UsageError, UserError
+from tests.support.url_tables import Sources, everything, outcome, parquet
+from tests.support.web import Web
 
 
 def columns_of(count: int, start: int = 0) -> dict[str, list]:

@@ -201,17 +201,19 @@ _SCALARS = st.one_of(
 _KEYS = st.none() | st.booleans() | st.integers() | st.floats() | _ANY_TEXT | st.binary()
 _VALUES = st.recursive(
     _SCALARS,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(_KEYS, inner, max_size=4)
-    | st.tuples(inner)
-    | st.sets(st.integers() | _ANY_TEXT, max_size=4)
-    | inner.map(lambda value: nested(40, value)),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(_KEYS, inner, max_size=4)
+        | st.tuples(inner)
+        | st.sets(st.integers() | _ANY_TEXT, max_size=4)
+        | inner.map(lambda value: nested(40, value))
+    ),
     max_leaves=12,
 )
 
 
 @given(_VALUES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_value_survives_the_way_through_a_json_file(value: Any) -> None:
     found = json_value(value)
     assert stored(found) == found
@@ -232,24 +234,40 @@ def depth_of(value: Any) -> int:
 
 _ARROW_TYPES = st.recursive(
     st.sampled_from(
-        [pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.bool_(), pa.string(), pa.large_string(), pa.binary()]
-        + [pa.date32(), pa.date64(), pa.time64("ns"), pa.timestamp("ns"), pa.timestamp("us", "Mars/Olympus")]
-        + [pa.duration("ns"), pa.decimal128(38, 3), pa.uuid(), pa.null(), pa.binary(3), pa.string_view()]
+        [
+            *(
+                pa.int8(),
+                pa.uint64(),
+                pa.float16(),
+                pa.float64(),
+                pa.bool_(),
+                pa.string(),
+                pa.large_string(),
+                pa.binary(),
+            ),
+            *(pa.date32(), pa.date64(), pa.time64("ns"), pa.timestamp("ns"), pa.timestamp("us", "Mars/Olympus")),
+            *(pa.duration("ns"), pa.decimal128(38, 3), pa.uuid(), pa.null(), pa.binary(3), pa.string_view()),
+        ]
     ),
-    lambda inner: inner.map(pa.list_)
-    | inner.map(lambda kind: pa.struct([("a", kind), ("b", pa.string())]))
-    | inner.map(lambda kind: pa.map_(pa.string(), kind)),
+    lambda inner: (
+        inner.map(pa.list_)
+        | inner.map(lambda kind: pa.struct([("a", kind), ("b", pa.string())]))
+        | inner.map(lambda kind: pa.map_(pa.string(), kind))
+    ),
     max_leaves=4,
 )
 
 
 @given(_ARROW_TYPES, st.randoms(use_true_random=False), st.integers(0, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_arrow_column_becomes_one_json_value_a_cell(kind: pa.DataType, random: Any, count: int) -> None:
     column = random_column(kind, random, count)
     found = column_values(column)
     assert len(found) == count and stored(found) == found
-    assert [value is None for value in found if not column.null_count] or count == column.null_count or not count
+    there = column.is_valid().to_pylist()
+    assert not any(value is not None for value, is_there in zip(found, there, strict=True) if not is_there)
+    if not pa.types.is_nested(kind) and not pa.types.is_floating(kind):
+        assert all(value is not None for value, is_there in zip(found, there, strict=True) if is_there)
     rows = arrow_rows(pa.record_batch([column, column], ["a", "b"]))
     assert rows == [{"a": value, "b": value} for value in found]
 
@@ -298,7 +316,7 @@ def test_metadata_is_refused_one_byte_and_one_level_beyond_the_limits() -> None:
     deep = {"x": nested(MAX_METADATA_DEPTH - 1)}
     assert parse_json_object(json.dumps(deep)) == deep
     for depth in (MAX_METADATA_DEPTH, 200, 980, 5000):
-        with pytest.raises(MetadataError, match="nested more than 64 deep|not JSON"):
+        with pytest.raises(MetadataError, match=r"nested more than 64 deep|not JSON"):
             parse_json_object('{"x":' + "[" * depth + "]" * depth + "}")
     for size, fields in ((100, {"x": nested(970)}), (10, fields_of(MAX_METADATA_BYTES + 9))):
         with pytest.raises(MetadataError):
@@ -312,7 +330,7 @@ def test_metadata_is_refused_one_byte_and_one_level_beyond_the_limits() -> None:
         "[" + ",".join(["1e15"] * 209_000) + "]",  # 1 MB of text; four times as much when it is written again
         json.dumps("\0" * 170_000),
         '"' + "\\ud800" * 170_000 + '"',
-        json.dumps(["\x7f\u2028"] * 100_000),
+        json.dumps(["\x7f\u2028"] * 60_000),
     ],
 )
 def test_what_is_read_can_be_written_and_read_again(text: str) -> None:
@@ -331,14 +349,14 @@ def test_what_is_read_can_be_written_and_read_again(text: str) -> None:
     "data", [b"", b"{", b"[1]", b"null", b"\xff{}", b'{"x": ' + b"9" * 5000 + b"}", b"{" * 50_000, b'{"a":1}{"b":2}']
 )
 def test_what_is_no_json_object_is_said(data: bytes) -> None:
-    with pytest.raises(MetadataError, match="^it is "):
+    with pytest.raises(MetadataError, match=r"^it is "):
         parse_json_object(data)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.large_string(), pa.list_(pa.string())])
 def test_a_huge_cell_costs_its_row_and_is_not_copied(kind: pa.DataType) -> None:
     size = 64 << 20
-    huge = pa.py_buffer(bytes(size))
+    huge = pa.py_buffer(bytes(size + 2))
     offsets = pa.array([0, 1, 1 + size, 2 + size], pa.int64())
     binary = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 3, [None, offsets.buffers()[1], huge])
     if pa.types.is_list(kind):
@@ -360,7 +378,9 @@ def test_a_huge_cell_costs_its_row_and_is_not_copied(kind: pa.DataType) -> None:
 
 def test_a_row_of_many_cells_is_counted_as_a_whole() -> None:
     text = "t" * (MAX_METADATA_BYTES // 3)
-    batch = pa.record_batch([pa.array([text, "a"]), pa.array([text, "a"]), pa.array(["\0" * 70_000, "a"])], ["a", "b", "c"])
+    batch = pa.record_batch(
+        [pa.array([text, "a"]), pa.array([text, "a"]), pa.array(["\0" * 70_000, "a"])], ["a", "b", "c"]
+    )
     first, second = arrow_rows(batch)
     assert isinstance(first, str) and "are allowed" in first
     assert second == {"a": "a", "b": "a", "c": "a"}
@@ -368,6 +388,10 @@ def test_a_row_of_many_cells_is_counted_as_a_whole() -> None:
 
 def test_columns_that_are_chosen_stay_and_names_of_ours_hide_nothing() -> None:
     fields = {"intrinsics": {"fx": 1}, "intrinsics_of_source": 2, "a": 3}
-    assert kept_fields(fields, None, {"intrinsics"}) == {"intrinsics_of_source_": {"fx": 1}, "intrinsics_of_source": 2, "a": 3}
+    assert kept_fields(fields, None, {"intrinsics"}) == {
+        "intrinsics_of_source_": {"fx": 1},
+        "intrinsics_of_source": 2,
+        "a": 3,
+    }
     assert kept_fields(fields, {"a", "intrinsics"}, {"intrinsics"}) == {"intrinsics_of_source_": {"fx": 1}, "a": 3}
     assert kept_fields(fields, (), {"intrinsics"}) == {}
