@@ -30,7 +30,7 @@ DEMO_PROMPT = "a red sphere left of a blue cube on a wooden floor"
 def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
-    base: Annotated[str, typer.Option(help="demo, a diffusers folder, or a hub id.")] = "demo",
+    base: Annotated[str, typer.Option(help="demo, a diffusers folder, a .safetensors file, or a hub id.")] = "demo",
     run_: Annotated[str, typer.Option("--run", help="The run folder trained for that base.")] = "demo",
     out: Annotated[str, typer.Option(help="Where to write; with --shards any fsspec URL.")] = "samples",
     schedule: Annotated[
@@ -81,6 +81,16 @@ def sample(
     other_weights: Annotated[
         bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
     ] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Of the base's weights, as in fp16.", show_default="plain")
+    ] = None,
+    base_config: Annotated[
+        str | None,
+        typer.Option(help="For a base in one file: a diffusers folder of its kind.", show_default="the hub's"),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="A textual inversion, FILE or TOKEN=FILE; may be given several times.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Draws images together with their intrinsics.
@@ -123,6 +133,9 @@ def sample(
         device=device,
         dtype=dtype,
         other_weights=other_weights,
+        variant=variant,
+        base_config=base_config,
+        embeddings=tuple(embedding or ()),
     )
     manifest = load_manifest(resolve(run_, "run"))
     jobs = jobs_for(request, maker(manifest)["id"], asked, range(seed, seed + num))
@@ -209,7 +222,7 @@ def schedule(
 
 @app.command()
 def evaluate(
-    base: Annotated[str, typer.Option(help="demo, a diffusers folder, or a hub id.")] = "demo",
+    base: Annotated[str, typer.Option(help="demo, a diffusers folder, a .safetensors file, or a hub id.")] = "demo",
     run_: Annotated[str, typer.Option("--run", help="The run folder trained for that base.")] = "demo",
     out: Annotated[str, typer.Option(help="Where images, scores and the table go.")] = "evaluation",
     methods: Annotated[
@@ -263,6 +276,16 @@ def evaluate(
     other_weights: Annotated[
         bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
     ] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Of the base's weights, as in fp16.", show_default="plain")
+    ] = None,
+    base_config: Annotated[
+        str | None,
+        typer.Option(help="For a base in one file: a diffusers folder of its kind.", show_default="the hub's"),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="A textual inversion, FILE or TOKEN=FILE; may be given several times.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Draws every prompt with every method and seed, measures the images, and compares the methods with the base.
@@ -300,6 +323,9 @@ def evaluate(
             device=device,
             dtype=dtype,
             other_weights=other_weights,
+            variant=variant,
+            base_config=base_config,
+            embeddings=tuple(embedding or ()),
         ),
         methods=chosen,
         prompts=prompt_set(set_ or ("file" if prompts else "demo"), captions, prompts),

@@ -1,7 +1,6 @@
 """Generated images as a dataset of WebDataset shards: what `python -m shards`, training and any tar reader take."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -55,7 +54,7 @@ def write_dataset(
 def _info(request: Request, manifest: Manifest, jobs: Sequence[Job], shard_size: int) -> dict[str, Any]:
     made_by = maker(manifest)
     names = tuple(INTRINSICS) if request.intrinsics else ()
-    asked = asdict(request) | {"samples": digest({"keys": [job.key for job in jobs]}), "shard_size": shard_size}
+    asked = request.described() | {"samples": digest({"keys": [job.key for job in jobs]}), "shard_size": shard_size}
     return {
         "recipe": "generated",
         "config": asked,

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 import transformers
 
+from infer.bases.files import split_base
 from infer.condition import HOLDS, Given, Hold
+from infer.content import of_embeddings, of_model, of_sample, sha256_of
 from infer.embedded import GUIDANCE
+from infer.model.schedules import Table, is_table
 from infer.outputs import extra_files, maker, read_given, read_image, sample_members
 from infer.sampler import CoGenerator
 from shards.core.errors import UsageError, UserError
@@ -48,6 +51,9 @@ class Request:
     device: str | None = None
     dtype: str | None = None
     other_weights: bool = False
+    variant: str | None = None
+    base_config: str | None = None
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -61,6 +67,14 @@ class Request:
         if (self.repaint and not self.image) or (self.repaint_maps and not self.given):
             raise UsageError("a mask needs what it masks: --mask goes with --image, --mask-maps with --given")
 
+    def described(self) -> dict[str, Any]:
+        """For keys and datasets. Options that came later are left out while they are not used, so that keys stay."""
+        return {name: value for name, value in asdict(self).items() if value or name not in LATER}
+
+
+LATER = ("hold", "variant", "base_config", "embeddings")
+"""Options that came later than the first datasets: what does not use them has the key that it had."""
+
 
 def command(request: Request, job: "Job") -> str:
     """The command line that makes this one image again."""
@@ -73,6 +87,8 @@ def command(request: Request, job: "Job") -> str:
             words += [option, f"{value[1]}x{value[0]}"]
         elif isinstance(value, bool):
             words += [option] if value else []
+        elif name == "embeddings":
+            words += [word for embedding in value for word in ("--embedding", embedding)]
         elif isinstance(value, tuple):
             words += [option, ",".join(value)] if value else []
         elif value is not None:
@@ -90,8 +106,12 @@ class Job:
 
 
 def jobs_for(request: Request, run_id: str, prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Every prompt with every seed. run_id: the run's fingerprint. A prompt that comes twice is made once."""
-    asked = asdict(request) | {"run": run_id, "device": None, "compare": False, "shares": False}
+    """Every prompt with every seed. run_id: the run's fingerprint. A prompt that comes twice is made once.
+
+    Raises UserError for a file that is not there: keys are of contents, so that an edited file is never taken for the old one.
+    """
+    asked = request.described() | {"run": run_id, "device": None, "compare": False, "shares": False}
+    asked |= _contents(request)
     jobs: dict[str, Job] = {}
     for prompt in prompts:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "image"
@@ -99,6 +119,24 @@ def jobs_for(request: Request, run_id: str, prompts: Sequence[str], seeds: Seque
             key = f"{slug}-{seed}-{digest(asked | {'prompt': prompt, 'seed': seed})[:8]}"
             jobs[key] = Job(key, prompt, seed)
     return list(jobs.values())
+
+
+def _contents(request: Request) -> dict[str, Any]:
+    """What the files hold that the request names."""
+    base, _, config = split_base(request.base)
+    found: dict[str, Any] = {"base": request.base.replace(base, of_model(base), 1)}
+    if is_table(request.schedule):
+        found["schedule"] = Table.load(request.schedule).to_dict()
+    for name in ("image", "repaint", "repaint_maps"):
+        if (path := getattr(request, name)) is not None:
+            found[name] = sha256_of(path)
+    if request.given is not None:
+        found["given"] = of_sample(request.given)
+    if config := request.base_config or config:
+        found["base_config"] = of_model(config)
+    if request.embeddings:
+        found["embeddings"] = of_embeddings(request.embeddings)
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,7 +164,14 @@ class Painter:
         request = self._request
         dtype = DTYPES[request.dtype] if request.dtype else None
         generator = CoGenerator.from_pretrained(
-            request.base, request.run, device=request.device, dtype=dtype, other_weights=request.other_weights
+            request.base,
+            request.run,
+            device=request.device,
+            dtype=dtype,
+            other_weights=request.other_weights,
+            variant=request.variant,
+            base_config=request.base_config,
+            embeddings=request.embeddings,
         )
         generator.pipeline.set_progress_bar_config(disable=True)
         return generator

@@ -23,12 +23,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
+from infer.bases.files import add_embedding
 from infer.bases.loading import describe_base, network_of, open_base, prediction_type_of
-from infer.bases.prompts import as_batch, encode_prompts, image_size, noise_and_generators
+from infer.bases.prompts import as_batch, encode_prompts, image_size, is_guided, noise_and_generators
 from infer.condition import HOLDS, Given, Hold, Known, KnownStreams, known_latents
 from infer.decode import Generated, decode_images, decode_intrinsics, is_finite
 from infer.embedded import GUIDANCE, resolve
 from infer.model.denoiser import JointDenoiser
+from infer.model.exclusive import Exclusive, one_at_a_time
 from infer.model.schedules import Schedule
 from infer.model.stages import StageMap, stage_map_of
 from infer.run_folder import Run, load_run
@@ -99,19 +101,31 @@ class CoGenerator:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         other_weights: bool = False,
+        variant: str | None = None,
+        base_config: str | None = None,
+        embeddings: Sequence[str] = (),
         **options: Any,
     ) -> Self:
-        """Loads a base ("demo", a diffusers folder, a hub id) and a run folder made for it.
+        """Loads a base ("demo", a diffusers folder, a .safetensors file, a hub id) and a run folder made for it.
 
-        device: a GPU if there is one. dtype: bfloat16 on a GPU, float32 on the CPU. options: further arguments of
-        DiffusionPipeline.from_pretrained (variant, revision, ...). Raises UserError.
+        device: a GPU if there is one. dtype: bfloat16 on a GPU, float32 on the CPU. variant, base_config: as open_base has
+        them. embeddings: textual inversions, "TOKEN=FILE" or "FILE". options: further arguments of
+        DiffusionPipeline.from_pretrained (revision, ...). Raises UserError.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         made = load_run(resolve(run, "run"))
-        pipeline: Any = open_base(base, dtype=dtype, options=options)
+        pipeline: Any = open_base(base, dtype=dtype, variant=variant, config=base_config, options=options)
+        for embedding in embeddings:
+            add_embedding(pipeline, embedding)
         return cls(pipeline.to(device), made, other_weights=other_weights)
 
+    @property
+    def busy(self) -> Exclusive:
+        """Held while a call runs: a second thread waits for its turn."""
+        return self.denoiser.busy
+
+    @one_at_a_time
     def close(self) -> None:
         """Takes joint attention out; the pipeline is as it was before."""
         self.denoiser.uninstall()
@@ -122,6 +136,7 @@ class CoGenerator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -166,7 +181,8 @@ class CoGenerator:
             raise UsageError(f"hold = {hold!r} is not one of {', '.join(HOLDS)}")
         height, width = size = image_size(self.pipeline, size or (givens[0].size() if givens else None))
         described = self.stages.schedule(schedule) if isinstance(schedule, str) else schedule
-        options = self._checked(options, callback)
+        described.check(self.stages.stages)
+        options = self._checked(options, callback, guided=is_guided(self.pipeline, guidance))
         with self._using(scheduler):
             settings |= self._settings(described, size, options)
             streams = self.denoiser.streams
@@ -245,7 +261,7 @@ class CoGenerator:
 
     # ---- what the call hands to the pipeline -------------------------------------------------------------------------
 
-    def _checked(self, options: Mapping[str, Any], callback: object) -> dict[str, Any]:
+    def _checked(self, options: Mapping[str, Any], callback: object, guided: bool) -> dict[str, Any]:
         """The caller's further options, without those that are ours to set."""
         for name, ours in _OURS.items():
             if name in options:
@@ -258,6 +274,7 @@ class CoGenerator:
         }
         if unknown := sorted(set(options) - accepted):
             raise UsageError(f"{type(self.pipeline).__name__} has no option {unknown[0]!r}")
+        _check_tokens(options, guided=guided)
         return dict(options)
 
     def _told(self, callback: Callable[[Progress], None] | None) -> dict[str, Any]:
@@ -360,6 +377,21 @@ _OURS = {
     "guidance_scale": "pass guidance",
     "use_resolution_binning": "the size is taken as it is, so that the maps fit the image; pass one of the base's own",
 }
+
+
+def _check_tokens(options: Mapping[str, Any], *, guided: bool) -> None:
+    """UsageError for options that would bring rows or tokens of their own where the streams' batch has none for them."""
+    if "gligen" in (options.get("cross_attention_kwargs") or {}):
+        raise UsageError(
+            "cross_attention_kwargs: gligen puts boxes into the self-attention, which joint attention has taken"
+        )
+    rows = 2 if guided else 1
+    for embeds in options.get("ip_adapter_image_embeds") or ():
+        if len(embeds) != rows:
+            raise UsageError(
+                f"ip_adapter_image_embeds have {len(embeds)} rows: the pipeline repeats them for every image, so give "
+                f"{'two, negative and positive' if guided else 'one'}; for an image prompt of each image call once for each"
+            )
 
 
 def _with_defaults(saved: StageMap, own: StageMap) -> StageMap:

@@ -20,11 +20,12 @@ from shards.core.errors import UsageError
 from shards.geometry import square
 from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap
 from shards.packing import CHANNELS, SLICES, DepthRange, depth_range, pack, valid_mask
-from shards.stream import Item, Stream
 from shards.stream.loader import StreamLoader
 from shards.stream.order import Sampler
 from shards.stream.select import KEY_SHARE, image_size
+from shards.stream.stream import Item, Stream
 from train.cache.format import LATENTS, TEXT, LatentsSpec, TextSpec, cached_latents, cached_text
+from train.conditions import Sizes, sizes_of
 from train.config import DataConfig
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ class Sample:
     image: uint8 (3, S, S). packed: float16 (8, S, S) in [-1, 1] (shards.packing). valid: bool (4, S, S), by intrinsic.
     With caches these are empty, and cached has what `train cache` made: means and standard deviations of the latents
     ("image.mean", ...) and the text's embeddings.
-    sizes: what SDXL and PixArt are told: original height and width, crop top and left, height and width now.
+    sizes: what SDXL and PixArt are told (train.conditions).
     """
 
     key: str
@@ -52,7 +53,7 @@ class Sample:
     packed: Tensor
     valid: Tensor
     caption: str
-    sizes: tuple[int, int, int, int, int, int]
+    sizes: Sizes
     variant: tuple[int, bool] = (0, False)  # dataset and flip: with the key, what the tensors depend on
     skipped: tuple[str, ...] = ()
     cached: Mapping[str, Tensor] | None = None
@@ -127,7 +128,6 @@ def _to_tensors(item: Item, rng: np.random.Generator, config: DataConfig, datase
     image, maps = geometry.image(item.image), geometry.maps(item.maps)
     packed, _ = pack(maps)
     mask = valid_mask(maps)
-    x, y, _, _ = geometry.box
     sample = Sample(
         key=item.key,
         position=item.position,
@@ -135,7 +135,7 @@ def _to_tensors(item: Item, rng: np.random.Generator, config: DataConfig, datase
         packed=torch.from_numpy(packed).half(),
         valid=torch.from_numpy(mask[[where.start for where in SLICES.values()]]),
         caption=mirrored(item.caption) if flip and config.mirror_captions else item.caption,
-        sizes=(height, width, y, x, config.size_px, config.size_px),
+        sizes=sizes_of(item.meta, (height, width), geometry),
         variant=(dataset, flip),
         skipped=item.skipped,
     )
@@ -158,7 +158,7 @@ def _from_caches(item: Item, rng: np.random.Generator, config: DataConfig, cache
     for name, (mean, std) in cached_latents(item, caches.latents, flip).items():
         tensors |= {f"{name}.mean": mean, f"{name}.std": std}
     width, height = image_size(item.meta) or (config.size_px, config.size_px)
-    side = min(width, height)
+    geometry = square(height, width, config.size_px, flip=flip)
     return Sample(
         key=item.key,
         position=item.position,
@@ -166,7 +166,7 @@ def _from_caches(item: Item, rng: np.random.Generator, config: DataConfig, cache
         packed=nothing,
         valid=nothing,
         caption=item.caption,
-        sizes=(height, width, (height - side) // 2, (width - side) // 2, config.size_px, config.size_px),
+        sizes=sizes_of(item.meta, (height, width), geometry),
         variant=(dataset, flip),
         skipped=item.skipped,
         cached=tensors,

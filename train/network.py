@@ -25,10 +25,11 @@ def encode_nothing(pipeline: Any) -> dict[str, Tensor]:
 def network_arguments(pipeline: Any, text: Mapping[str, Tensor], sizes: Tensor) -> dict[str, Any]:
     """The network's conditions beside latents and timesteps, for as many rows as `text` has.
 
-    sizes: (rows, 6): original height and width, crop top and left, height and width now.
+    sizes: (rows, 6), train.conditions.Sizes. They stay in float32: in bfloat16 1,023 would be 1,024. The networks embed them
+    in float32 themselves.
     """
     kind, embeds = type(pipeline).__name__, text["prompt_embeds"]
-    sizes = sizes.to(embeds)
+    sizes = sizes.to(embeds.device, torch.float32)
     if kind == "StableDiffusionPipeline":
         return {"encoder_hidden_states": embeds}
     if kind == "StableDiffusionXLPipeline":
@@ -36,8 +37,7 @@ def network_arguments(pipeline: Any, text: Mapping[str, Tensor], sizes: Tensor) 
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": size_and_text}
     added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if getattr(network_of(pipeline), "use_additional_conditions", False):
-        now = sizes[:, 4:]
-        added = {"resolution": now, "aspect_ratio": now[:, :1] / now[:, 1:]}
+        added = {"resolution": sizes[:, :2], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:]}
     mask = text["prompt_attention_mask"]
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "added_cond_kwargs": added}
 

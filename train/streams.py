@@ -100,7 +100,7 @@ class IntrinsicsAlone:
         return LoraWeights(dict(values), self._rank, self._alpha)
 
     def compile(self) -> None:
-        self._network.compile()
+        self._network.compile(dynamic=False)  # as the joint network: each kind of batch by itself
 
 
 def _call(module: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Any]) -> Tensor:

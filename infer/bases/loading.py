@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
+from infer.bases.files import from_file, split_base, variant_of
 from infer.embedded import resolve
 from shards.core.errors import UserError
 
@@ -28,7 +29,8 @@ PIPELINES: dict[str, str] = {
 }
 """The stock pipelines that can be a base, and the component that is their denoising network."""
 
-_ADDED = re.compile(r"\.processor\.|\.lora_")  # parameters that are not the base's
+_ADDED = re.compile(r"\.processor\.|\.lora_|^encoder_hid_proj\.image_projection_layers\.")
+"""Parameters that are not the base's: attention processors', LoRAs', IP-Adapters'."""
 
 PROBES, PROBE_TOLERANCE = 64, 2.0**-7  # the tolerance is bfloat16's rounding, so that a base may be loaded in any dtype
 
@@ -187,23 +189,44 @@ def _difference(made_for: Base, base: Base) -> str | None:
     return None
 
 
-def open_base(name: str, *, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> DiffusionPipeline:
-    """Loads a base: "demo", a diffusers folder, or a hub id. Safetensors only: nothing of it is ever unpickled.
+def open_base(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    config: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> DiffusionPipeline:
+    """Loads a base: "demo", a diffusers folder, one .safetensors file, or a hub id. Nothing of it is ever unpickled.
 
-    options: more arguments of DiffusionPipeline.from_pretrained (variant, revision, ...). Raises UserError with a sentence
-    when it is missing, unreachable, damaged, or not a supported pipeline.
+    variant: of the weights' files, as in fp16; a folder that has only one is read without being told. config: for a single
+    file, a diffusers folder of that kind of base. Both may stand in the name, as split_base has them.
+    options: more arguments of DiffusionPipeline.from_pretrained.
+    Raises UserError when it is missing, unreachable, damaged, or not a supported pipeline.
     """
+    name, own_variant, own_config = split_base(name)
+    variant, config = variant or own_variant, config or own_config
     source = resolve(name, "base")
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+    if Path(source).is_file():
+        pipeline = from_file(Path(source), dtype=dtype, config=config)
+        network_of(pipeline)
+        return pipeline
+
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "model_index.json").is_file():
         raise UserError(f"{source} is not a diffusers folder: it has no model_index.json")
-    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if not local and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"there is no base {source}: it is neither a folder here nor a hub id such as OWNER/NAME")
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant} | dict(options or {})
+    if local:
+        settings["variant"] = variant_of(Path(source), settings["variant"])
     try:
-        settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True} | dict(options or {})
         pipeline = DiffusionPipeline.from_pretrained(source, **settings)
     except (OSError, ValueError, HTTPError) as error:
-        advice = "check the folder" if Path(source).is_dir() else "check the id and the network, or pass a local folder"
+        advice = "check the folder" if local else "check the id and the network, or pass a local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "no file named" in reason and not settings["variant"] and not local:
+            advice = "if it has weights of a variant only, pass it, as in --variant fp16"
         raise UserError(f"cannot load the base {source}: {reason}; {advice}") from error
     network_of(pipeline)
     return pipeline

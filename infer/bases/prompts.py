@@ -5,13 +5,15 @@ the VAE is not shared). (Guidance doubles this once more inside the pipeline: (G
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from infer.bases.loading import network_of
 from shards.core.errors import UsageError
@@ -75,7 +77,8 @@ def encode_prompts(
         given["negative_prompt"] = [negative] * len(prompts or ()) if alike else negative
     elif given.get("negative_prompt_embeds") is not None:
         given["negative_prompt"] = None
-    guided = guidance > 1 and getattr(network_of(pipeline).config, "time_cond_proj_dim", None) is None
+    guided = is_guided(pipeline, guidance)
+    _check_clip_skip(pipeline, given.get("clip_skip"))
     given |= {
         "prompt": prompts,
         "device": get_module_execution_device(network_of(pipeline)),
@@ -84,13 +87,45 @@ def encode_prompts(
     }
     if "lora_scale" in accepted and options.get("cross_attention_kwargs"):
         given["lora_scale"] = options["cross_attention_kwargs"].get("scale")
-    found = dict(zip(ENCODED[type(pipeline).__name__], pipeline.encode_prompt(**given), strict=True))
+    with _final_norm_in_its_place(pipeline):
+        encoded = pipeline.encode_prompt(**given)
+    found = dict(zip(ENCODED[type(pipeline).__name__], encoded, strict=True))
     repeated = {
         name: torch.cat([rows] * streams)
         for name, rows in found.items()
         if rows is not None and (guided or "neg" not in name)
     }
     return repeated | {"prompt": None, "negative_prompt": None}
+
+
+def is_guided(pipeline: DiffusionPipeline, guidance: float) -> bool:
+    """Whether the pipeline runs twice the rows for this classifier-free guidance."""
+    return guidance > 1 and getattr(network_of(pipeline).config, "time_cond_proj_dim", None) is None
+
+
+def _check_clip_skip(pipeline: Any, clip_skip: int | None) -> None:
+    """UsageError unless the text encoder has so many layers to skip."""
+    if clip_skip is None:
+        return
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    layers = min((encoder.config.num_hidden_layers for encoder in encoders if encoder is not None), default=0)
+    if layers and not 0 <= clip_skip < layers:
+        raise UsageError(f"clip_skip = {clip_skip}: the text encoder has {layers} layers, so give 0 to {layers - 1}")
+
+
+@contextmanager
+def _final_norm_in_its_place(pipeline: Any) -> Iterator[None]:
+    """clip_skip of Stable Diffusion looks for text_encoder.text_model, which transformers 5.6 took away: its parts are the
+    encoder's own now (diffusers issue 14124). For a while the encoder is its own text_model, though not its submodule."""
+    encoder = getattr(pipeline, "text_encoder", None)
+    flattened = isinstance(encoder, CLIPTextModel) and not hasattr(encoder, "text_model")
+    if flattened:
+        encoder.__dict__["text_model"] = encoder
+    try:
+        yield
+    finally:
+        if flattened:
+            del encoder.__dict__["text_model"]
 
 
 def image_size(pipeline: DiffusionPipeline, size: int | tuple[int, int] | None) -> tuple[int, int]:

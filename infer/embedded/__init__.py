@@ -18,10 +18,15 @@ def usual_guidance(base: str) -> float:
     return {"demo": 4.5}.get(base, GUIDANCE)
 
 
+def is_embedded(name: str) -> bool:
+    """Whether this names an embedded model, and not a path or a hub id."""
+    return Path(name).name == name and (EMBEDDED / name).is_dir()
+
+
 def resolve(name: str, kind: str) -> str:
     """The path or hub id of a base or run (kind): embedded ones are named "demo", all else is returned as it is."""
     path = EMBEDDED / name / kind
-    if path.is_dir():
+    if is_embedded(name) and path.is_dir():
         return str(path)
     if name == "demo":
         what = "--base FOLDER, a diffusers folder or a hub id" if kind == "base" else "--run FOLDER, a run folder"

@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 
 from extract.estimators import Estimator
-from extract.estimators.table import find_set, load, tasks_of
+from extract.estimators.table import find_set, fingerprint, load, tasks_of
 from shards.intrinsics import IntrinsicMap, order_segments
+from shards.marks import digest
 from shards.metrics import abs_rel, angular_error, edge_f_score, log_aligned, segment_boundaries
 
 Maps = Mapping[str, IntrinsicMap]
@@ -32,6 +33,9 @@ class Estimators:
     def __init__(self, name: str = "demo", device: str = "cpu", enlarged_px: int = ENLARGED_PX) -> None:
         """Raises UsageError for an unknown set, UserError for missing weights."""
         self.name = name
+        rows = [task.row for task in tasks_of(find_set(name))]
+        self.key = digest({"rows": [fingerprint(row) for row in rows]}) if name.endswith(".toml") else name
+        """Changes with what the set is: a file of one's own may be edited."""
         self._parts: list[Estimator] = [load(task.row, device) for task in tasks_of(find_set(name))]
         self._wanted = [task.intrinsics for task in tasks_of(find_set(name))]
         self._enlarged_px = enlarged_px

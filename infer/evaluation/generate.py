@@ -18,11 +18,13 @@ import numpy as np
 import transformers
 
 from extract.world import Rendering, compose, render
+from infer.bases.files import split_base
 from infer.bases.prompts import image_size
 from infer.condition import HOLDS, Given, Hold
+from infer.content import of_embeddings, of_model
 from infer.embedded import GUIDANCE, resolve
 from infer.evaluation.sets import UNSEEN, PromptSet
-from infer.jobs import DTYPES
+from infer.jobs import DTYPES, LATER
 from infer.outputs import maker
 from infer.run_folder import load_manifest
 from infer.sampler import CoGenerator
@@ -107,6 +109,9 @@ class Drawing:
     device: str | None = None
     dtype: str | None = None
     other_weights: bool = False
+    variant: str | None = None
+    base_config: str | None = None
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.hold not in (None, *HOLDS):
@@ -160,8 +165,13 @@ class Studio:
         drawing = self.drawing
         if not prompts.scenes and (oracle := next((method for method in methods if method.oracle), None)):
             raise UsageError(f"{oracle.name} needs scenes whose maps are known: give --set demo or depth")
-        decisive = {k: v for k, v in asdict(drawing).items() if k not in _INDIFFERENT}
-        decisive |= {"run": maker(self._manifest)["id"]}
+        decisive = {k: v for k, v in asdict(drawing).items() if k not in _INDIFFERENT and (v or k not in LATER)}
+        base, _, config = split_base(drawing.base)
+        decisive |= {"run": maker(self._manifest)["id"], "base": drawing.base.replace(base, of_model(base), 1)}
+        if config := drawing.base_config or config:
+            decisive["base_config"] = of_model(config)
+        if drawing.embeddings:
+            decisive["embeddings"] = of_embeddings(drawing.embeddings)
         schedules = {method: self._manifest.stage_map.schedule(method.schedule).to_dict() for method in methods}
         found = []
         for number in range(drawing.seeds):
@@ -224,6 +234,9 @@ class Studio:
             device=drawing.device,
             dtype=DTYPES[drawing.dtype] if drawing.dtype else None,
             other_weights=drawing.other_weights,
+            variant=drawing.variant,
+            base_config=drawing.base_config,
+            embeddings=drawing.embeddings,
         )
         generator.pipeline.set_progress_bar_config(disable=True)
         return generator

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from infer.content import of_model
 from infer.evaluation.generate import Arrays
 from shards.core.errors import UserError
 
@@ -63,7 +64,7 @@ class ClipJudge:
         return cls(name, title, source, model.eval().to(device), processor, tokenizer, device)
 
     def fingerprint(self) -> str:
-        return f"{self.name}:{self.source}"
+        return f"{self.name}:{of_model(self.source)}"
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Arrays:

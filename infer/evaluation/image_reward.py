@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BlipImageProcessor, BlipTextConfig, Blip
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from infer.content import of_model
 from infer.evaluation.generate import Arrays
 from shards.core.errors import UserError
 
@@ -82,7 +83,7 @@ class ImageRewardJudge:
         return cls(source, vision, reader, head, tokenizer, processor, device)
 
     def fingerprint(self) -> str:
-        return f"{self.name}:{self.source}"
+        return f"{self.name}:{of_model(self.source)}"
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Arrays:

@@ -78,7 +78,7 @@ class Scorer:
 
     def fingerprint(self) -> str:
         """Changes with everything that changes the numbers, but for the judges, whose files have names of their own."""
-        about: dict[str, Any] = {"version": VERSION, "estimators": self.estimators.name if self.estimators else ""}
+        about: dict[str, Any] = {"version": VERSION, "estimators": self.estimators.key if self.estimators else ""}
         about |= {"detector": self.detector.fingerprint() if self.detector else "", "enlarged": ENLARGED_PX}
         return digest(about | {"judges": [judge.fingerprint() for judge in self.judges]})[:8]
 

@@ -11,18 +11,22 @@ the streams meet in self-attention only. Nothing is left to chance: a processor 
 without the wrapper, is an error.
 """
 
+import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, update_wrapper
 from typing import Any
 
 import torch
+import torch._dynamo
 from diffusers.models.attention_processor import Attention
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from infer.model.exclusive import Exclusive
 from infer.model.lora import TARGETS, LoraWeights, StreamLinear, adapter_layers, confine, release
 from infer.model.processor import Holder, JointProcessor, Part, Recall, Record, Step, self_attention_layers
 from infer.model.schedules import Joint, Schedule
@@ -40,8 +44,52 @@ class Share:
     value: Tensor  # float32: (G, B), the mean over heads and queries; or (G, B, N), the mean over heads ("map")
 
 
+BATCHES = 8
+"""For so many kinds of batches a network is compiled; each takes seconds to minutes."""
+RECOMPILES = 64
+"""Of one function: kinds of batches, times kinds of weights (0, 1, fractional, image alone), times widths of layers."""
+
+
+class EachBatchAlone:
+    """While a network runs that may be compiled, by whatever way: its sizes are constants.
+
+    With symbolic numbers of rows and images, which torch takes by itself at the second size, its solver never comes back.
+    """
+
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        _constant_sizes().__enter__()
+
+    @torch.compiler.disable
+    def __exit__(self, *error: object) -> None:
+        _constant_sizes().__exit__(*error)
+
+
+@cache
+def _constant_sizes() -> Any:
+    """One for all: settings are of the thread that enters, and each patch that is made leaves something behind in it."""
+    config = torch._dynamo.config
+    return config.patch(automatic_dynamic_shapes=False, recompile_limit=max(RECOMPILES, config.recompile_limit))
+
+
+class JointForward:
+    """What stands in the place of the network's forward. Copied with its network, it runs the copy, not the original."""
+
+    def __init__(self, denoiser: "JointDenoiser", forward: Callable[..., Any]) -> None:
+        update_wrapper(self, forward)
+        self.denoiser = denoiser
+
+    # Under torch.compile(network) our bookkeeping stays in Python, and the network inside is compiled
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.denoiser._run(*args, **kwargs)
+
+
 class JointDenoiser:
-    """A network with joint attention installed. Made by install(); one per network."""
+    """A network with joint attention installed. Made by install(); one per network.
+
+    A copy of the network (copy.deepcopy, an average of weights) has a denoiser of its own, JointDenoiser.of(copy).
+    """
 
     def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor], streams: int):
         self.network, self.stages, self.processors, self.holder = network, stages, processors, Holder()
@@ -50,10 +98,14 @@ class JointDenoiser:
         self.images: int | None = None
         self.record: Record | None = None
         self.shares: list[Share] = []
+        self.busy = Exclusive()
         self._originals: dict[str, Any] = {}
         self._stock_forward: Callable[..., Any] = network.forward
         self._forward = self._stock_forward  # or its compiled form
-        self._wrapper: Callable[..., Any] | None = None
+        self._compiled: dict[str, Any] | None = None  # the options of compile()
+        self._batches: set[Any] = set()  # the kinds of batches that it was compiled for
+        self._noted = False
+        self._wrapper: JointForward | None = None
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._last_active: float | None = None  # image only below this timestep; None: never
         self._dropped = False
@@ -79,7 +131,7 @@ class JointDenoiser:
         all intrinsic streams together have adapters of `rank`, each an equal part.
         Raises UserError if it is installed already, the stage map misses a layer, or `lora` does not fit.
         """
-        if hasattr(network, "_orig_mod"):
+        if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
             raise UserError("the network is compiled already: install joint attention first, then compile.")
         network = network.get_base_model() if isinstance(network, PeftModel) else network
         layers = self_attention_layers(network)
@@ -88,6 +140,10 @@ class JointDenoiser:
                 f"joint attention is already installed on this {type(network).__name__}: uninstall it first."
             )
         for name, module in layers.items():
+            if ".fuser." in name:
+                raise UserError(
+                    f"layer {name} puts boxes into the self-attention (GLIGEN): joint attention knows no such."
+                )
             if module.added_kv_proj_dim is not None:
                 raise UserError(
                     f"layer {name} mixes text into its self-attention: joint attention does not know such a base."
@@ -114,10 +170,26 @@ class JointDenoiser:
             module.processor = self.processors[name]  # type: ignore[assignment]
         self._instance_forward = self.network.__dict__.get("forward")
         self._signature = inspect.signature(self._forward)
-        # under torch.compile(network) our bookkeeping stays in Python, and the network inside is compiled
-        run = torch.compiler.disable(self._run, recursive=False)
-        self._wrapper = wraps(self._forward)(run)
+        self._wrapper = JointForward(self, self._forward)
         self.network.forward = self._wrapper
+
+    @staticmethod
+    def of(network: nn.Module) -> "JointDenoiser | None":
+        """The denoiser that is installed on a network, or came with it when it was copied."""
+        forwards = (network.__dict__.get(name) for name in ("forward", "_old_forward"))
+        return next((forward.denoiser for forward in forwards if isinstance(forward, JointForward)), None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "JointDenoiser":
+        """With the copy of its network. Compiled code holds the original's weights: the copy's is compiled anew."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        for name, value in self.__dict__.items():
+            if name != "_forward":
+                setattr(made, name, copy.deepcopy(value, memo))
+        made._forward = made._stock_forward
+        if made._compiled is not None:
+            made.compile(**made._compiled)
+        return made
 
     def uninstall(self) -> None:
         """Restore the network exactly: processors, forward, trainable flags, other people's adapters on every row."""
@@ -181,7 +253,13 @@ class JointDenoiser:
         return len(layers)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile the network inside the wrapper; options as torch.compile takes them."""
+        """torch.compile the network inside the wrapper; options as torch.compile takes them, but for dynamic.
+
+        The first batch of a kind (number of images, size, guidance on or off) compiles; of kinds there may be BATCHES.
+        """
+        if options.setdefault("dynamic", False):
+            raise UserError("joint attention is compiled for each kind of batch alone: leave out dynamic.")
+        self._compiled, self._batches, self._noted = options, set(), False
         self._forward = torch.compile(self._stock_forward, **options)
 
     def freeze(self) -> list[nn.Parameter]:
@@ -231,18 +309,40 @@ class JointDenoiser:
             for target, adapter in processor.adapters.items():
                 yield f"{name}.{TARGETS[target]}", adapter  # type: ignore[misc]
 
+    @torch.compiler.disable(recursive=False)
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped forward: all streams, or the image's rows alone."""
         step, timestep, args, kwargs = self._plan(args, kwargs)
-        with step:
-            output = self._forward(*args, **kwargs)
+        forward = self._chosen_forward(step, args, kwargs)
+        with step, EachBatchAlone():
+            output = forward(*args, **kwargs)
         if step.streams == 1:
             return _all_rows(output, self.streams, step.images)
         return self._keep_shares(step, timestep, output)
 
     @torch.compiler.disable
+    def _chosen_forward(self, step: Step, args: Any, kwargs: Any) -> Callable[..., Any]:
+        """The compiled form, for as many kinds of batches as BATCHES; for further ones the stock forward, with a note."""
+        if self._compiled is None:
+            return self._forward
+        shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        batch = (step.guidance, step.streams, step.images, shapes)
+        if batch in self._batches or len(self._batches) < BATCHES:
+            self._batches.add(batch)
+            return self._forward
+        if not self._noted:
+            self._noted = True
+            print(
+                f"note: joint attention is compiled for {BATCHES} kinds of batches; those of other sizes or numbers of images "
+                "run without compilation",
+                file=sys.stderr,
+            )
+        return self._stock_forward
+
+    @torch.compiler.disable
     def _plan(self, args: Any, kwargs: Any) -> tuple[Step, float | tuple[float, ...], Any, Any]:
         """Check that all is in place, look up w(l, t), and choose the rows to run."""
+        self.busy.check()
         self.check()
         self._confine()
         if self.images is None:

@@ -82,20 +82,27 @@ def confine(layer: BaseTunerLayer, layout: Callable[[], tuple[int, int] | None])
     """
     if "_ildm_forward" in layer.__dict__:
         return
-    original: Callable[..., Tensor] = layer.forward  # type: ignore[attr-defined]
+    confined = _Confined(layer, layout)
+    layer.__dict__["_ildm_forward"] = confined.original
+    layer.__dict__["forward"] = confined
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows = layout()
+
+class _Confined:
+    """The forward of a confined layer: an object, so that a copy of the layer has one with the copy's weights."""
+
+    def __init__(self, layer: BaseTunerLayer, layout: Callable[[], tuple[int, int] | None]) -> None:
+        self.layer, self.layout = layer, layout
+        self.original: Callable[..., Tensor] = layer.forward  # type: ignore[attr-defined]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.layout()
         if rows is None:
-            return original(x, *args, **kwargs)
+            return self.original(x, *args, **kwargs)
         groups, streams = rows
         image, intrinsics = x.unflatten(0, (groups, streams, -1)).split((1, streams - 1), dim=1)
-        adapted = original(image.flatten(0, 2), *args, **kwargs).unflatten(0, (groups, 1, -1))
-        plain = layer.get_base_layer()(intrinsics.flatten(0, 2)).unflatten(0, (groups, streams - 1, -1))
+        adapted = self.original(image.flatten(0, 2), *args, **kwargs).unflatten(0, (groups, 1, -1))
+        plain = self.layer.get_base_layer()(intrinsics.flatten(0, 2)).unflatten(0, (groups, streams - 1, -1))
         return torch.cat([adapted, plain], 1).flatten(0, 2)
-
-    layer.__dict__["_ildm_forward"] = original
-    layer.__dict__["forward"] = forward
 
 
 def release(layer: BaseTunerLayer) -> None:

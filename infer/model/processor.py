@@ -29,7 +29,12 @@ class Part:
 class JointProcessor(nn.Module):
     """Self-attention of one layer over all streams; holds the layer's adapters, so they move with the network."""
 
-    def __init__(self, layer: str, stage: int, adapters: dict[str, StreamLinear]):
+    def __init__(self, layer: str = "", stage: int = 0, adapters: dict[str, StreamLinear] | None = None):
+        """UserError without arguments, which is how diffusers would replace it for an IP-Adapter."""
+        if adapters is None:
+            raise UserError(
+                "load IP-Adapters (pipeline.load_ip_adapter) before joint attention is installed, not after."
+            )
         super().__init__()
         self.layer, self.stage, self.part = layer, stage, None
         self.adapters = nn.ModuleDict(adapters)

@@ -46,6 +46,9 @@ class Schedule:
         weights = (self.w(stage, timestep) for stage in range(1, stages + 1))
         return tuple(w if w >= NEGLIGIBLE else 0.0 for w in weights)
 
+    def check(self, stages: int) -> None:
+        """UserError unless this schedule is one for a network of so many stages."""
+
     def last_active(self, timesteps: Sequence[float], stages: int) -> int:
         """Index of the last step whose weights are not all 0; -1 if there is none. After it the intrinsics don't matter."""
         active = [i for i, t in enumerate(timesteps) if any(self.at(t, stages))]
@@ -91,6 +94,10 @@ class Drop(Schedule):
         if any(stage < 1 for stage in self.stages):
             raise UserError(f"schedule drop has stages {list(self.stages)}: stages count from 1.")
 
+    def check(self, stages: int) -> None:
+        if beyond := [stage for stage in self.stages if stage > stages]:
+            raise UserError(f"schedule drop names stage {beyond[0]}, but this base has {stages} stages.")
+
     def w(self, stage: int, timestep: float) -> float:
         return 1.0 if stage in self.stages and timestep <= self.tau else 0.0
 
@@ -128,10 +135,16 @@ class Table(Schedule):
             raise UserError("schedule table needs one row of weights for each timestep, and no timestep twice.")
         if len({len(row) for row in weights}) != 1 or not weights[0]:
             raise UserError("schedule table has rows of different lengths: give one weight per stage in every row.")
+        if not all(0 <= t <= TIMESTEPS for t in times):
+            raise UserError(f"schedule table has a timestep outside 0 to {TIMESTEPS:.0f}: those of training.")
         if not all(math.isfinite(w) and w >= 0 for row in weights for w in row):
             raise UserError("schedule table has a weight that is negative or not finite: weights are 0 or more.")
         object.__setattr__(self, "timesteps", times)
         object.__setattr__(self, "weights", weights)
+
+    def check(self, stages: int) -> None:
+        if len(self.weights[0]) != stages:
+            raise UserError(f"schedule table has {len(self.weights[0])} stages, but this base has {stages}.")
 
     def w(self, stage: int, timestep: float) -> float:
         if not 1 <= stage <= len(self.weights[0]):
@@ -147,19 +160,54 @@ class Table(Schedule):
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":
-        """Read .csv (header `timestep,1,2,...`, a row per timestep), or .json/.toml with `timesteps` and `weights`."""
+        """Read .csv (header `timestep,1,2,...`, a row per timestep), or .json/.toml with `timesteps` and `weights`.
+
+        A header may name the stages in any order; .json and .toml may do so by `stages`. UserError for anything else.
+        """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if path.suffix == ".csv":
-                rows = [[float(cell) for cell in row] for row in list(csv.reader(text.splitlines()))[1:] if row]
-                return cls(tuple(row[0] for row in rows), tuple(tuple(row[1:]) for row in rows))
-            table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-            return cls(tuple(table["timesteps"]), tuple(tuple(row) for row in table["weights"]))
-        except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
+                stages, times, rows = _csv_table(text)
+            else:
+                table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+                if unknown := sorted(set(table) - {"timesteps", "weights", "stages"}):
+                    raise ValueError(f"it has {unknown[0]!r}, which is none of timesteps, weights, stages")
+                times, rows = table["timesteps"], table["weights"]
+                stages = table.get("stages") or list(range(1, len(rows[0]) + 1))
+            return cls(tuple(times), tuple(_in_order(stages, row) for row in rows))
+        except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error) as error:
             raise UserError(
                 f"schedule table {path} could not be read ({error}): see docs/method.md for its form."
             ) from error
+
+
+def _csv_table(text: str) -> tuple[list[int], list[float], list[list[float]]]:
+    """Stages by column, timesteps, rows of weights. Raises ValueError, naming the line."""
+    lines = [(n, row) for n, row in enumerate(csv.reader(text.splitlines()), 1) if any(map(str.strip, row))]
+    if not lines:
+        raise ValueError("it is empty")
+    header = [cell.strip().lower() for cell in lines[0][1]]
+    if header[0] not in ("timestep", "t") or not all(cell.removeprefix("l=").isdecimal() for cell in header[1:]):
+        raise ValueError(f"its header is {','.join(lines[0][1])!r}, not timestep,1,2,... with a number for each stage")
+
+    numbers = []
+    for number, row in lines[1:]:
+        if len(row) != len(header):
+            raise ValueError(f"line {number} has {len(row)} columns, its header {len(header)}")
+        try:
+            numbers.append([float(cell) for cell in row])
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    stages = [int(cell.removeprefix("l=")) for cell in header[1:]]
+    return stages, [row[0] for row in numbers], [row[1:] for row in numbers]
+
+
+def _in_order(stages: Sequence[int], row: Sequence[float]) -> tuple[float, ...]:
+    """Weights of the stages that the columns are for -> weights of stages 1, 2, ... Raises ValueError."""
+    if sorted(stages) != list(range(1, len(stages) + 1)):
+        raise ValueError(f"its columns are for stages {list(stages)}: each from 1 to {len(stages)} must be there once")
+    return tuple(weight for _, weight in sorted(zip(stages, row, strict=True)))
 
 
 KINDS: dict[str, type[Schedule]] = {kind.name: kind for kind in (Off, Joint, Drop, Gaussian, Table)}
@@ -182,12 +230,17 @@ def from_dict(described: dict[str, Any]) -> Schedule:
         raise UserError(f"schedule {kind.name} does not take {rest}: {error}.") from error
 
 
+def is_table(text: str) -> bool:
+    """Whether a schedule of the command line is a table's file."""
+    return Path(text).suffix in (".csv", ".json", ".toml")
+
+
 def parse(text: str, defaults: dict[str, dict[str, Any]] | None = None) -> Schedule:
     """A schedule from the command line: "off", "gaussian", "gaussian:tau=700,sigma=80", "drop:stages=3-7", or a table's file.
 
     defaults: settings by schedule name, those of the base (stages.StageMap.defaults); what the text says wins.
     """
-    if Path(text).suffix in (".csv", ".json", ".toml"):
+    if is_table(text):
         return Table.load(text)
     name, _, settings = text.partition(":")
     described: dict[str, Any] = {"name": name, **(defaults or {}).get(name, {})}

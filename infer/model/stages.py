@@ -45,8 +45,13 @@ class StageMap:
         return {layer: self.stage(layer) for layer in layers}
 
     def schedule(self, text: str) -> schedules.Schedule:
-        """A schedule from text such as "gaussian" or "drop:tau=800", with this base's defaults."""
-        return schedules.parse(text, self.defaults)
+        """A schedule from text such as "gaussian" or "drop:tau=800", with this base's defaults.
+
+        UserError unless it is one for this base's stages.
+        """
+        chosen = schedules.parse(text, self.defaults)
+        chosen.check(self.stages)
+        return chosen
 
     def to_dict(self) -> dict[str, Any]:
         """JSON for a manifest: {"name", "stages": [[prefix, ...], ...]}."""

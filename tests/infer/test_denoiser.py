@@ -268,6 +268,41 @@ def test_every_way_to_compile_gives_the_same_and_compiles_a_few_times_only(way):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("way", ["inside", "outside"])
+@torch.no_grad()
+def test_a_compiled_network_takes_any_number_of_images_and_compiles_a_bounded_number_of_times(way, monkeypatch, capsys):
+    """Numbers of images, sizes, and guidance on and off in turn, as a server or a training's sheets have them."""
+    monkeypatch.setattr("infer.model.denoiser.BATCHES", 3)
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    network = tiny.sd15(block_out_channels=(16,), **kinds)
+    denoiser = trained(network)
+    batches = [(1, 2, 8), (2, 2, 8), (1, 2, 8), (2, 1, 8), (1, 1, 16), (3, 2, 8), (2, 2, 8)]  # images, guidance, size
+
+    def outputs(run: Any) -> list[Tensor]:
+        found = []
+        for images, guidance, size in batches:
+            denoiser.prepare(images, Gaussian(tau=500.0, alpha=0.4))
+            arguments = tiny.inputs(network, guidance * 2 * images, size=size)
+            found.append(run(**arguments, return_dict=False)[0])
+        return found
+
+    eager = outputs(network)
+    torch._dynamo.reset()
+    counter, run = CompileCounter(), network
+    if way == "inside":
+        denoiser.compile(backend=counter)
+    else:
+        run = torch.compile(network, backend=counter)
+    for mine, expected in zip(outputs(run), eager, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+    said = capsys.readouterr().err
+    assert counter.frame_count == (3 if way == "inside" else 5)  # of five kinds of batches
+    assert said.count("compiled for 3 kinds of batches") == (way == "inside")
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match="leave out dynamic"):
+        denoiser.compile(dynamic=True)
+
+
 @torch.no_grad()
 def test_device_and_dtype_moves_take_the_adapters_along():
     network = tiny.sd15()

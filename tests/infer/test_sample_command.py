@@ -217,7 +217,8 @@ def test_ray_workers_make_the_same_files_as_one_process_even_when_one_is_killed(
 
 
 def test_what_is_wrong_in_a_ray_worker_is_a_sentence_too(models, tmp_path, ray_alone):
-    arguments = ["--prompt", "x", "--num", "2", "--workers", "2", "--image", "/nowhere.png"]
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    arguments = ["--prompt", "x", "--num", "2", "--workers", "2", "--image", str(tmp_path / "torn.png")]
     with pytest.raises(UserError, match="cannot read the picture") as caught:
         sample(models, tmp_path, *arguments)
     assert "\n" not in str(caught.value)
@@ -232,7 +233,7 @@ def test_what_is_wrong_in_a_ray_worker_is_a_sentence_too(models, tmp_path, ray_a
         (["--prompt", "x", "--size", "63"], "multiples of 8"),
         (["--prompt", "x", "--dtype", "int8"], "not one of float32"),
         (["--prompt", "x", "--mask", "m.png"], "--mask goes with --image"),
-        (["--prompt", "x", "--image", "/nowhere.png"], "cannot read the picture"),
+        (["--prompt", "x", "--image", "/nowhere.png"], "cannot read /nowhere.png"),
         (["--prompt", "x", "--schedule", "sometimes"], "no schedule 'sometimes'"),
         (["--prompt", "x", "--run", "/nowhere"], "not a finished run folder"),
         (["--prompt", "x", "--base", "/nowhere"], "neither a folder here nor a hub id"),

@@ -79,6 +79,53 @@ def test_a_table_reads_alike_from_csv_json_and_toml(tmp_path):
         assert parse(str(tmp_path / f"a.{kind}")) == TABLE
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.toml", "bom.csv"])
+def test_a_table_whose_stages_are_in_another_order_is_read_as_written(name, tmp_path):
+    """By hand: at t = 900 the column "3" holds 0.5, the column "1" holds 1."""
+    (tmp_path / "a.csv").write_text("timestep,3,1,2\n900,0.5,1,0\n100,1,0,0\n")
+    (tmp_path / "bom.csv").write_text("\ufeffTimestep, l=3, l=1, l=2\n\n900, 0.5, 1, 0\n100, 1, 0, 0\n", "utf-8")
+    weights = [[0.5, 1, 0], [1, 0, 0]]
+    (tmp_path / "a.json").write_text(json.dumps({"timesteps": [900, 100], "stages": [3, 1, 2], "weights": weights}))
+    (tmp_path / "a.toml").write_text(f"timesteps = [900, 100]\nstages = [3, 1, 2]\nweights = {weights}\n")
+    table = parse(str(tmp_path / name))
+    assert [table.w(stage, 900) for stage in (1, 2, 3)] == [1, 0, 0.5]
+    assert [table.w(stage, 100) for stage in (1, 2, 3)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "900,1,0,0.5\n100,0,0,1\n", "its header is '900,1,0,0.5'"),
+        ("a.csv", "timestep,low,middle,high\n900,1,0,0.5\n", "its header is"),
+        ("a.csv", "timestep,1,2,4\n900,1,0,0.5\n", "columns are for stages"),
+        ("a.csv", "timestep,1,2,2\n900,1,0,0.5\n", "columns are for stages"),
+        ("a.csv", "timestep,1,2\n900,1,0,0.5\n", "line 2 has 4 columns, its header 3"),
+        ("a.csv", "timestep,1,2\n900,1,0\n\n100,x,1\n", "line 4"),
+        ("a.csv", "timestep;1;2\n900;1;0\n", "its header is"),
+        ("a.csv", "\n", "it is empty"),
+        ("a.csv", "timestep,1\n1200,1\n", "timestep outside 0 to 1000"),
+        ("a.json", '{"timesteps": [900], "weights": [[1, 0]], "stages": [1]}', "could not be read"),
+        ("a.json", '{"timesteps": [900], "weights": [[1, 0]], "order": [1, 2]}', "it has 'order'"),
+        ("a.json", "[]", "could not be read"),
+    ],
+)
+def test_a_table_that_does_not_say_its_stages_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse(str(tmp_path / name))
+
+
+def test_a_schedule_for_other_stages_than_the_bases_is_refused(tmp_path):
+    base = stage_maps()["unet4"]  # 9 stages
+    for count in (8, 10):
+        header = ",".join(str(stage) for stage in range(1, count + 1))
+        (tmp_path / "a.csv").write_text(f"timestep,{header}\n500" + ",1" * count + "\n")
+        with pytest.raises(UserError, match=f"has {count} stages, but this base has 9"):
+            base.schedule(str(tmp_path / "a.csv"))
+    with pytest.raises(UserError, match="names stage 10, but this base has 9"):
+        base.schedule("drop:stages=8-12")
+
+
 @pytest.mark.parametrize(
     "content",
     [

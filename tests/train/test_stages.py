@@ -242,7 +242,7 @@ def test_the_loss_is_eq_5(base: str, shards: str, tmp_path: Path) -> None:
         elif base == "pixart_alpha":
             text, mask, *_ = pipeline.encode_prompt(**prompt, do_classifier_free_guidance=False)
             given["encoder_attention_mask"] = mask.repeat(2, 1)
-            size, ratio = torch.full((2, 2), 32.0), torch.ones(2, 1)
+            size, ratio = torch.full((2, 2), 16.0), torch.ones(2, 1)
             given["added_cond_kwargs"] = {"resolution": size, "aspect_ratio": ratio}
         else:
             text = pipeline.encode_prompt(**prompt, do_classifier_free_guidance=False)[0]
