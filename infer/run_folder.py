@@ -190,7 +190,10 @@ def load_manifest(url: str) -> Manifest:
     """The manifest of a run folder. Raises UserError when the folder is missing, unfinished or of another version."""
     folder = Folder(url)
     if not folder.exists(MANIFEST):
-        raise UserError(f"{url} is not a finished run folder: it has no {MANIFEST}; run the training command again")
+        raise UserError(
+            f"{url} is not a finished run folder: it has no {MANIFEST}; run the training command again, or make a run folder "
+            "of a checkpoint with `python -m train export`"
+        )
     return Manifest.from_json(folder.read(MANIFEST), folder.address(MANIFEST))
 
 

@@ -1,5 +1,8 @@
 """The command line of training: `python -m train`."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +36,9 @@ def estimator(
     """
     from train.demo.estimator import EstimatorTraining, train_estimator
 
-    folder = train_estimator(EstimatorTraining(out=out, scenes=scenes, chunks=chunks, steps=steps, workers=workers))
+    config = EstimatorTraining(out=out, scenes=scenes, chunks=chunks, steps=steps, workers=workers)
+    with _stopping():
+        folder = train_estimator(config)
     print(f"checkpoint: {folder}; measure it with: python -m benchmarks.accuracy --weights {folder}")
 
 
@@ -75,7 +80,9 @@ def base(
     begin, keep = (Path(resolve(given, "base")) if given else None for given in (pretrained, vae))
     amount: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "save_every": save_every}
     amount |= {"architecture": architecture, "vae_steps": vae_steps, "stop_at": stop_at}
-    folder = train_base(BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, compile=compile, **amount))
+    config = BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, compile=compile, **amount)
+    with _stopping():
+        folder = train_base(config)
     print(f"base: {folder}; train the method on it with: python -m train vae --shards {shards} --base {folder}")
 
 
@@ -92,9 +99,10 @@ def detector(
     from train.demo.crop_nets import CloseTraining, train_close
     from train.demo.pixel_net import DetectorTraining, train_detector
 
-    train_detector(DetectorTraining(shards=shards, out=out))
-    for name in ("things", "pairs"):
-        train_close(name, CloseTraining(shards=shards, out=out))
+    with _stopping():
+        train_detector(DetectorTraining(shards=shards, out=out))
+        for name in ("things", "pairs"):
+            train_close(name, CloseTraining(shards=shards, out=out))
     print(f"checkpoint: {out}; use it with: python -m infer evaluate --detector {out}")
 
 
@@ -130,11 +138,14 @@ Out = Annotated[str | None, typer.Option(help="The run folder.", show_default="r
 Start = Annotated[
     str | None,
     typer.Option(
-        help="Learn on from this run of the same base; demo is the embedded one.", show_default="the recipe's"
+        "--warm-start",
+        "--start",  # the older name, which torchrun takes for the beginning of its own --start-method
+        help="Start from this run of the same base; demo is the embedded one; '' trains from scratch.",
+        show_default="the recipe's",
     ),
 ]
 OtherWeights = Annotated[
-    bool, typer.Option("--other-weights", help="--start may be of another model of the base's architecture.")
+    bool, typer.Option("--other-weights", help="--warm-start may be of another model of the base's architecture.")
 ]
 Recipe = Annotated[str, typer.Option(help="demo, sd21-paper, sdxl, pixart-alpha, or a .toml of your own.")]
 Settings = Annotated[
@@ -195,6 +206,27 @@ def both(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder of a training (its --out).")],
+    out: Annotated[Path, typer.Option(help="Where the run folder of the checkpoint goes.")],
+    checkpoint: Annotated[str, typer.Option(help="best (by held-out loss), last, or a step.")] = "best",
+    stage: Annotated[str, typer.Option(help="lora: a run folder; vae: the intrinsic VAE of stage 1 alone.")] = "lora",
+    debug: cli.DebugOption = False,
+) -> None:
+    """Makes a run folder of a checkpoint, at any time of the training.
+
+    Next: `python -m infer sample --run OUT`; of stage 1: `python -m train lora --out OUT`.
+    """
+    from train.export import export as export_checkpoint
+
+    if stage not in ("vae", "lora"):
+        raise UsageError(f"--stage {stage}: give lora or vae")
+    done = export_checkpoint(run, stage="vae" if stage == "vae" else "lora", checkpoint=checkpoint, out=out)
+    loss = "" if done.score is None else f", held-out loss {done.score:.4f}"
+    print(f"{out}: step {done.step} of {stage}{loss}")
+
+
+@app.command()
 def cache(
     shards: Annotated[str, typer.Option(help="A dataset of `python -m extract`: a folder or any fsspec URL.")],
     base: Annotated[str, typer.Option(help="demo, a diffusers folder, or a hub id.")],
@@ -235,6 +267,18 @@ def cache(
     given |= {"address": address, "only": [name.strip() for name in only.split(",") if name.strip()]}
     done = make_caches(load_config(CacheConfig, given))
     print(f"{done.out}: {done.ok:,} samples with caches ({only}); {done.made} of {done.shards} shards made now")
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """Ends the command with exit status 0 once a training stopped because it was asked to."""
+    from train.stop import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(0) from stopped
 
 
 def _train(

@@ -3,18 +3,20 @@
     checkpoints/step-00001000/weights.safetensors     what is trained
                               average.safetensors     its moving average (EMA)
                               optimiser.safetensors   the optimiser's tensors, "NUMBER.SLOT"
-                              state.json              step, position in the data, settings, score, digests of the others
+                              state.json              step, position in the data, settings and base, score, what makes
+                                                      a result of the weights, digests of the others
 
 A folder gets its name only when it is complete and on the disk. Nothing is ever unpickled.
 """
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ _NAME = re.compile(r"step-(\d+)")
 class Checkpoint:
     """The state after `step` optimiser steps. consumed: positions of the stream that were trained on.
 
-    identity: the settings that decide the result. score: the held-out loss at this step, if it was measured.
-    skipped: corrupt samples that were met.
+    identity: the settings and the base that decide the result (train.identity). score: the held-out loss at this step, if it
+    was measured. skipped: corrupt samples that were met. result: what train.export needs beside the averaged weights.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Checkpoint:
     identity: Mapping[str, Any]
     score: float | None = None
     skipped: tuple[str, ...] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -104,7 +107,8 @@ class Checkpoints:
                 data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
                 folder.write(f"{part}.safetensors", data)
                 digests[part] = hashlib.sha256(data).hexdigest()
-            state = {name: getattr(made, name) for name in ("step", "consumed", "identity", "score", "skipped")}
+            names = ("step", "consumed", "identity", "score", "skipped", "result")
+            state = {name: getattr(made, name) for name in names}
             folder.write(STATE, json.dumps(state | {"digests": digests}, indent=1, sort_keys=True).encode())
         except UserError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -130,6 +134,25 @@ class Checkpoints:
             raise UserError(f"every checkpoint in {self.folder} is damaged; remove that folder to begin anew")
         return None
 
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, on the CPU. Raises UserError if there is none, or it is damaged."""
+        if step not in (steps := self.steps()):
+            have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise UserError(f"{self.folder} has no checkpoint of step {step}; {have}")
+        try:
+            return self._read(step)
+        except _Damaged as error:
+            raise UserError(f"{error}; choose another checkpoint") from error
+
+    def set_score(self, step: int, score: float) -> None:
+        """Notes the held-out loss in a checkpoint that was saved without it; nothing happens if there is none."""
+        folder = Folder(self._path(step))
+        if not folder.exists(STATE):
+            return
+        state = json.loads(folder.read(STATE)) | {"score": score}
+        folder.write(STATE, json.dumps(state, indent=1, sort_keys=True).encode())
+        self._thin_out()
+
     def best(self) -> int | None:
         """The step with the lowest score."""
         scores = {step: score for step in self.steps() if (score := self._score(step)) is not None}
@@ -143,7 +166,7 @@ class Checkpoints:
             value = json.loads((self._path(step) / STATE).read_bytes())["score"]
         except (OSError, ValueError, KeyError):
             return None
-        return None if value is None else float(value)
+        return None if value is None or not math.isfinite(value) else float(value)
 
     def _read(self, step: int) -> Checkpoint:
         path = self._path(step)
@@ -155,7 +178,7 @@ class Checkpoints:
                 if hashlib.sha256(data).hexdigest() != state["digests"][part]:
                     raise _Damaged(f"{path / part}.safetensors is cut short or damaged")
                 values[part] = load(data)
-            return Checkpoint(**values, skipped=tuple(state["skipped"]))
+            return Checkpoint(**values, skipped=tuple(state["skipped"]), result=state.get("result", {}))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _Damaged(f"the checkpoint {path} cannot be read ({type(error).__name__}: {error})") from error
 

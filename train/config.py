@@ -1,6 +1,7 @@
 """What a training is: a recipe's tables [data], [vae] (stage 1) and [lora] (stage 2), with the command line on top."""
 
 import dataclasses
+import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class DataConfig:
     weights: the datasets' shares, equal to their sizes if empty. size_px: side of the square that is trained on.
     crop: "center" or "random", of the largest square. flip: the share of samples that are mirrored; mirror_captions: the
     words left and right then change places in their captions. held_out: the share of keys, chosen by their hash, that is
-    never trained on; validation: at most so many of them are measured.
+    never trained on (0: none; samples that are trained on are then measured); validation: at most so many of them are measured.
     where: conditions on the samples' metadata (shards.stream.select), such as "quality.normal_depth_angle < 30".
     window: shards that are shuffled together. workers: loader processes. memory_gb: a dataset that fits (it must be
     cropped at the centre) is decoded once and kept; loader processes are not needed then. 0: never.
@@ -52,7 +53,7 @@ class DataConfig:
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        _check("data", self, ("size_px", "held_out", "validation", "window"), ("flip", "held_out"))
+        _check("data", self, ("size_px", "validation", "window"), ("flip", "held_out"))
         if self.workers < 0 or self.memory_gb < 0:
             raise UsageError("data.workers and data.memory_gb must not be negative")
         if self.size_px % 8:
@@ -244,6 +245,20 @@ class TrainConfig:
         data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in ("workers", "memory_gb")}
         made_of = {"shards": list(self.shards), "start": self.start, "data": data}
         return {"stage": stage, "seed": self.seed, **made_of, **table, "loop": kept}
+
+    @staticmethod
+    def defaults(stage: Literal["vae", "lora"]) -> dict[str, Any]:
+        """What identity's settings were in a checkpoint from before they existed: a new setting is off unless asked for."""
+        table: type[VaeConfig] | type[LoraConfig] = VaeConfig if stage == "vae" else LoraConfig
+        tables: tuple[tuple[str, Any], ...] = (("", table), ("loop.", LoopConfig), ("data.", DataConfig))
+        found = {
+            prefix + field.name: field.default
+            for prefix, owner in tables
+            for field in dataclasses.fields(owner)
+            if field.default is not dataclasses.MISSING
+        }
+        defaults: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint has them
+        return defaults
 
 
 def recipe_names() -> list[str]:

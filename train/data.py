@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.core.errors import UsageError
+from shards.core.errors import UsageError, UserError
+from shards.dataset import Dataset
 from shards.geometry import square
 from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap
 from shards.packing import CHANNELS, SLICES, DepthRange, depth_range, pack, valid_mask
 from shards.stream.loader import StreamLoader
 from shards.stream.order import Sampler
-from shards.stream.select import KEY_SHARE, image_size
+from shards.stream.select import DROPPED, KEY_SHARE, image_size, select
 from shards.stream.stream import Item, Stream
 from train.cache.format import LATENTS, TEXT, LatentsSpec, TextSpec, cached_latents, cached_text
 from train.conditions import Sizes, sizes_of
@@ -197,14 +198,36 @@ class Samples:
             )
         if self.caches is not None and self.config.crop != "center":
             raise UsageError("cached latents are of the square in the centre: set data.crop = center")
-        self.stream = self._open(f"{KEY_SHARE} >= {share}", shuffle=True)
+        if self.config.weights and len(self.config.weights) != len(self.urls):
+            raise UsageError(f"data.weights has {len(self.config.weights)} numbers for {len(self.urls)} datasets")
+        trained, held = f"{KEY_SHARE} >= {share}", f"{KEY_SHARE} < {share}"
+        counts = [(self._count(url, trained), self._count(url, held)) for url in self.urls]
+        for url, (training, held_out) in zip(self.urls, counts, strict=True):
+            if held_out and not training:
+                raise UserError(
+                    f"all {held_out} samples of {url} are held out by data.held_out = {share}: set it to 0 to train on them"
+                )
+        everything = range(len(self.urls))
+        self.stream = self._open(everything, trained, shuffle=True)
         self.stream.transform = self._prepare
-        self._held_out = self._open(f"{KEY_SHARE} < {share}", shuffle=False)
 
-    def _open(self, split: str, shuffle: bool) -> Stream:
+        holding = [number for number, (_, held_out) in enumerate(counts) if held_out]
+        self.holds_out = bool(holding)
+        """Whether any sample is held out; else samples that are trained on are measured."""
+        self._measured_urls = holding or list(everything)
+        self._held_out = self._open(self._measured_urls, held if holding else trained, shuffle=False)
+
+    def _count(self, url: str, split: str) -> int:
+        """How many samples of a dataset are on a side of the split."""
+        selection = select(Dataset.open(url), (*self.config.where, split), keep=self.keep)
+        return int((selection.groups != DROPPED).sum())
+
+    def _open(self, numbers: Sequence[int], split: str, shuffle: bool) -> Stream:
+        """The stream of one side of the split; numbers: of those of self.urls that have samples there."""
+        weights = [self.config.weights[number] for number in numbers] if self.config.weights else None
         return Stream(
-            self.urls,
-            self.config.weights or None,
+            [self.urls[number] for number in numbers],
+            weights,
             seed=self.seed,
             window=self.config.window,
             shuffle=shuffle,
@@ -291,19 +314,25 @@ class Samples:
         return self.stream.mixture.place(position // self.stream.chunk)[0]
 
     def held_out(self) -> list[Held]:
-        """At most config.validation samples that are never trained on, never flipped, in a fixed order, with the truth."""
-        return [held for _, held in self._measured(lambda item, rng, plain: _to_tensors(item, rng, plain))]
+        """At most config.validation samples that are never trained on (or, if none are held out, that are), never flipped, in a
+        fixed order, with the truth."""
+        return [held for _, held in self._measured(_to_tensors)]
 
     def held_out_samples(self) -> list[Sample]:
         """The same, as training sees them."""
         if self.caches is None:
             return [held.sample for held in self.held_out()]
         caches = self.caches
-        return self._measured(lambda item, rng, plain: _from_caches(item, rng, plain, caches))
+        return self._measured(lambda item, rng, plain, dataset: _from_caches(item, rng, plain, caches, dataset))
 
-    def _measured(self, transform: Callable[[Item, np.random.Generator, DataConfig], Any]) -> list[Any]:
+    def _measured(self, transform: Callable[[Item, np.random.Generator, DataConfig, int], Any]) -> list[Any]:
         plain = dataclasses.replace(self.config, flip=0.0, crop="center")
-        self._held_out.transform = lambda item, rng: transform(item, rng, plain)
+        stream = self._held_out
+
+        def dataset(position: int) -> int:
+            return self._measured_urls[stream.mixture.place(position // stream.chunk)[0]]
+
+        stream.transform = lambda item, rng: transform(item, rng, plain, dataset(item.position))
         count = min(self.config.validation, len(self._held_out))
         return self._held_out.__getitems__(range(count))
 

@@ -5,11 +5,9 @@ was killed and resumed gives, on the CPU, bit for bit what an undisturbed one gi
 """
 
 import contextlib
-import json
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +23,10 @@ from shards.stream.order import Sampler
 from train.checkpoint import Checkpoint, Checkpoints, optimiser_tensors, restore_optimiser
 from train.config import LoopConfig
 from train.data import Batch, Draw, Samples
-from train.log import Log, held_out_figures
+from train.identity import Identity
+from train.log import HELD_OUT, TRAINED_ON, Log, measured_figures
 from train.muon import StackedMuon
+from train.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """finished: False if a signal stopped it. average: the averaged weights. first, last: what was measured on the held-out
-    samples before the first step, and last. best: the step with the lowest held-out loss."""
+    """finished: False if a signal stopped it before its last step was made and measured. stopped: whether a signal came at all.
+    average: the averaged weights. first, last: what was measured on the held-out samples before the first step, and last.
+    best: the step with the lowest held-out loss. holds_out: whether samples were held out; if not, some that are trained on
+    were measured."""
 
     finished: bool
+    stopped: bool
     step: int
     average: dict[str, Tensor]
     first: Mapping[str, float]
@@ -81,6 +84,7 @@ class Outcome:
     best: int | None
     seconds: float
     samples_per_s: float
+    holds_out: bool = True
     skipped: tuple[str, ...] = ()
 
 
@@ -103,15 +107,19 @@ def train(
     *,
     accelerator: Accelerator,
     folder: Path,
-    identity: Mapping[str, Any],
+    identity: Identity,
     seed: int,
+    result: Mapping[str, Any] | None = None,
+    finish: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None,
 ) -> Outcome:
     """Runs a stage from its last checkpoint (if any) to loop.steps; checkpoints, logs and sheets go into `folder`.
 
-    identity: the settings that a checkpoint must have been made with. Raises UserError when they differ, when a loss is
-    not finite (naming the samples), and when a checkpoint cannot be written.
+    identity: what a checkpoint must have been made with. result: stored in each checkpoint, what turns its weights into the
+    stage's result (train.export). finish: writes that result, on one process, of the averaged weights after the last step; no
+    signal cuts it short. Raises UserError when a checkpoint does not fit, when a loss is not finite (naming the samples), and
+    when a checkpoint cannot be written.
     """
-    identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back: tuples are lists
+    document = identity.document()
     trainable = task.trainable()
     parameters = list(trainable.values())
     optimiser = make_optimiser(loop, parameters)
@@ -119,7 +127,8 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", loop.keep)
     resumed = checkpoints.load()
     if resumed is not None:
-        _check_identity(resumed.identity, identity, checkpoints.folder)
+        identity.check(resumed.identity, checkpoints.folder)
+        _check_steps(resumed.step, loop.steps, checkpoints.folder)
         _copy(trainable, resumed.weights)
         _copy(dict(zip(trainable, average, strict=True)), resumed.average)
         restore_optimiser(optimiser, resumed.optimiser)
@@ -134,10 +143,15 @@ def train(
     )
     module = accelerator.prepare_model(task.module)
     amp = precision(loop, accelerator.device)
-    log = Log(folder, first_step, wandb=loop.wandb, config=identity) if main else None
+    unmeasured = resumed is not None and resumed.score is None and _is_measured(first_step, loop)
+    log = None
+    if main:
+        _say_what_is_measured(samples)
+        on = HELD_OUT if samples.holds_out else TRAINED_ON
+        log = Log(folder, first_step, wandb=loop.wandb, config=document, measured_on=on, measured=not unmeasured)
     since, seen, began = time.monotonic(), 0, time.monotonic()
 
-    def save(step: int, score: float | None = None) -> None:
+    def save(step: int) -> None:
         if main:
             checkpoints.save(
                 Checkpoint(
@@ -146,9 +160,9 @@ def train(
                     weights={name: p.detach() for name, p in trainable.items()},
                     average=dict(zip(trainable, average, strict=True)),
                     optimiser=optimiser_tensors(optimiser),
-                    identity=identity,
-                    score=score,
+                    identity=document,
                     skipped=tuple(sorted(skipped)),
+                    result=result or {},
                 )
             )
         accelerator.wait_for_everyone()
@@ -158,18 +172,20 @@ def train(
         if made is not None and not torch.isfinite(made[2]):
             raise UserError(_not_finite(*made[:2], accelerator, checkpoints))
 
-    def measure(step: int) -> float | None:
-        if not main or log is None:
-            return None
-        with _swapped(parameters, average):
-            found = task.validate(loop.sheets)
-        log.validation(step, found.score, found.metrics, found.sheets)
-        return found.score
+    def measure(step: int) -> None:
+        """Measures the averaged weights, and notes the loss in the checkpoint of this step, if there is one."""
+        if main and log is not None:
+            with _swapped(parameters, average):
+                found = task.validate(loop.sheets)
+            log.validation(step, found.score, found.metrics, found.sheets)
+            checkpoints.set_score(step, found.score)
+        accelerator.wait_for_everyone()
 
-    stop = _Stop()
+    stop = Stop()
     with _progress(task.name, loop.steps, first_step, shown=main) as progress, stop:
-        if first_step == 0 and loop.steps:
-            measure(0)
+        if first_step == 0 or unmeasured:
+            measure(first_step)  # what a signal left out is made up for
+        measured = unmeasured or (resumed is not None and resumed.score is not None)
         batches = samples.batches(sampler, task.draw)
         step, unchecked = first_step, None
         while step < loop.steps:
@@ -196,35 +212,45 @@ def train(
             step += 1
             seen += loop.batch * loop.accumulate * world
             progress.advance(1)
-            if log is not None and (step % loop.log_every == 0 or step == loop.steps):
-                values = _means(taken)
+            if step % loop.log_every == 0 or step == loop.steps:
+                values = _means(taken, accelerator)
                 progress.say(values)
                 speed = seen / max(time.monotonic() - since, 1e-9)
-                log.step(step, values | {"grad_norm": float(norm), "rate": loop.rate(step - 1), "samples_per_s": speed})
-            stopped = stop.asked(accelerator)
-            ends = step == loop.steps
-            saves = stopped or ends or step % loop.checkpoint_every == 0 or step % loop.validate_every == 0
-            if saves:
+                if log is not None:
+                    values |= {"grad_norm": float(norm), "rate": loop.rate(step - 1), "samples_per_s": speed}
+                    log.step(step, values)
+
+            stopped = stop.asked(world, accelerator.device)
+            measured = _is_measured(step, loop) and not stopped
+            if stopped or _is_measured(step, loop) or step % loop.checkpoint_every == 0:
                 check(unchecked)  # nothing is kept that came of a loss that is not finite
-            score = measure(step) if not stopped and (ends or step % loop.validate_every == 0) else None
-            if saves:
-                save(step, score)
-            if stopped and not ends:
+                save(step)
+            if measured:
+                measure(step)  # after saving: measuring may take longer than a stopped job is given
+                stopped = stop.asked(world, accelerator.device)
+            if stopped:
                 break
-    if log is not None:
-        log.close()
+
+        finished = step >= loop.steps and measured
+        if log is not None:
+            log.close()
+        if finished and main:
+            finish(dict(zip(trainable, average, strict=True)), step)
+        accelerator.wait_for_everyone()
     for entry in sorted(skipped) if main else ():
         print(f"note: skipped a corrupt sample: {entry}", file=sys.stderr)
-    seconds, measured = time.monotonic() - began, held_out_figures(folder)
+    seconds, figures = time.monotonic() - began, measured_figures(folder)
     return Outcome(
-        finished=step >= loop.steps,
+        finished=finished,
+        stopped=stop.asked(world, accelerator.device),
         step=step,
         average=dict(zip(trainable, average, strict=True)),
-        first=measured[0] if measured else {},
-        last=measured[-1] if measured else {},
+        first=figures[0] if figures else {},
+        last=figures[-1] if figures else {},
         best=checkpoints.best(),
         seconds=seconds,
         samples_per_s=seen / seconds,
+        holds_out=samples.holds_out,
         skipped=tuple(sorted(skipped)),
     )
 
@@ -277,22 +303,38 @@ def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
-def _check_identity(made_with: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    differing = sorted(name for name in {*made_with, *now} if made_with.get(name) != now.get(name))
-    for name in differing:
-        before, after = made_with.get(name), now.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            inner = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))[0]
-            name, before, after = f"{name}.{inner}", before.get(inner), after.get(inner)
+def _say_what_is_measured(samples: Samples) -> None:
+    """A note where nothing is held out: the figures are then not of unseen samples."""
+    if samples.holds_out:
+        return
+    why = f"data.held_out = {samples.config.held_out:g}"
+    if samples.config.held_out:
+        why = f"none of {len(samples)} samples falls into {why}"
+    print(f"note: nothing is held out ({why}): what is measured is trained on, too", file=sys.stderr)
+
+
+def _is_measured(step: int, loop: LoopConfig) -> bool:
+    return step == loop.steps or step % loop.validate_every == 0
+
+
+def _check_steps(made: int, wanted: int, folder: Path) -> None:
+    """Raises UserError when a run has more steps than it shall have: fewer cannot be had by going on."""
+    if made > wanted:
         raise UserError(
-            f"{folder} was made with {name} = {before!r}, and now it is {after!r}: "
-            "give the same settings to continue, or choose another --out"
+            f"{folder} has {made} steps already, and loop.steps = {wanted}: give at least as many to continue, or make one "
+            "of its checkpoints a run folder with `python -m train export`"
         )
 
 
-def _means(taken: Taken) -> dict[str, float]:
+def _means(taken: Taken, accelerator: Accelerator) -> dict[str, float]:
+    """The terms of a step's loss, each the mean over the samples of all processes."""
     names = list(taken[0][1])
-    return {name: float(torch.stack([terms[name].float().mean() for _, terms in taken]).mean()) for name in names}
+    mine = {name: float(torch.stack([terms[name].float().mean() for _, terms in taken]).mean()) for name in names}
+    if accelerator.num_processes == 1:
+        return mine
+    every = torch.tensor(list(mine.values()), device=accelerator.device)
+    torch.distributed.all_reduce(every)
+    return dict(zip(names, (every / accelerator.num_processes).tolist(), strict=True))
 
 
 def _not_finite(step: int, taken: Taken, accelerator: Accelerator, checkpoints: Checkpoints) -> str:
@@ -316,37 +358,6 @@ def _not_finite(step: int, taken: Taken, accelerator: Accelerator, checkpoints: 
         f"{what} in step {step + 1}, for the samples {', '.join(keys)}: look at them with `python -m shards show`, "
         f"or lower the learning rate; {kept}"
     )
-
-
-class _Stop:
-    """SIGTERM (a preempted job) and SIGINT end the run after the current step, saved; a second SIGINT at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: object) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def asked(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop: all must agree on the step."""
-        if accelerator.num_processes == 1:
-            return self._asked
-        flag = torch.tensor(int(self._asked), device=accelerator.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 class _Bar:

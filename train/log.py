@@ -12,16 +12,32 @@ from PIL import Image
 from shards.core.errors import UserError
 from shards.core.storage import Folder
 
+HELD_OUT, TRAINED_ON = "held_out", "trained_on"
+"""How figures of held-out samples begin, and those of samples that are trained on, where none are held out."""
+
 
 class Log:
     """The log of one stage in `folder`: log.jsonl, tensorboard/ and sheets/. What a killed run wrote beyond its checkpoint
     is taken out of log.jsonl and hidden by TensorBoard, so each step is there once."""
 
-    def __init__(self, folder: Path, first_step: int, *, wandb: bool, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        *,
+        wandb: bool,
+        config: Mapping[str, Any],
+        measured_on: str = HELD_OUT,
+        measured: bool = True,
+    ) -> None:
+        """measured_on: HELD_OUT or TRAINED_ON. measured: False if first_step will be measured again."""
+        self._measured_on = measured_on
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sheets").mkdir(exist_ok=True)
         self._folder, self._path = folder, folder / "log.jsonl"
         kept = [line for line in read_log(folder) if line["step"] <= first_step] if first_step else []
+        if not measured:
+            kept = [line for line in kept if line["step"] < first_step or not _figures(line)]
         Folder(folder).write(self._path.name, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with Folder(folder).explained(self._path.name, "write"):
             self._file = self._path.open("a", encoding="utf-8")
@@ -35,8 +51,8 @@ class Log:
     def validation(
         self, step: int, score: float, metrics: Mapping[str, float], sheets: Mapping[str, Image.Image]
     ) -> None:
-        """Held-out measures, and pictures by name."""
-        self._write(step, {"held_out/loss": score, **{f"held_out/{name}": value for name, value in metrics.items()}})
+        """What was measured, and pictures by name."""
+        self._write(step, {f"{self._measured_on}/{name}": value for name, value in {"loss": score, **metrics}.items()})
         for name, picture in sheets.items():
             path = Path("sheets") / f"{name}-{step:08d}.png"
             with Folder(self._folder).explained(str(path), "write"):
@@ -79,11 +95,15 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def held_out_figures(folder: Path) -> list[dict[str, float]]:
-    """What was measured on the held-out samples, in order, by name."""
-    prefix = "held_out/"
-    lines = [{k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)} for line in read_log(folder)]
-    return [line for line in lines if line]
+def measured_figures(folder: Path) -> list[dict[str, float]]:
+    """What was measured on the held-out samples (or, where there are none, on some that are trained on), in order, by name."""
+    return [figures for line in read_log(folder) if (figures := _figures(line))]
+
+
+def _figures(line: Mapping[str, Any]) -> dict[str, float]:
+    """The measured figures of a line of the log, by name; {} if it has none."""
+    begins = (f"{HELD_OUT}/", f"{TRAINED_ON}/")
+    return {name.partition("/")[2]: value for name, value in line.items() if name.startswith(begins)}
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

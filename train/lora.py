@@ -7,17 +7,21 @@ One timestep for both streams, two independent noises, w = 1 everywhere. What is
 the intrinsic term is the mean of theirs.
 """
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from infer.bases.loading import describe_base, network_of, open_base, prediction_type_of
+from infer.bases.loading import network_of, open_base, prediction_type_of
 from infer.model.separate_vae import SeparateVae
 from infer.run_folder import manifest_for, save_run
 from shards.core.errors import UserError
@@ -29,12 +33,14 @@ from train.cuda_graph import GraphedNetwork
 from train.data import Batch, Caches, Sample, Samples, generator_of
 from train.diffusion_loss import noised, snr_weight, stream_loss, target
 from train.engine import Outcome, Validation, make_accelerator, precision, train
+from train.identity import Identity, check_latents, describe_pipeline, says_its_base
 from train.latents import Encoder
+from train.lock import only_one
 from train.network import encode_nothing, network_arguments, signal_levels
 from train.sheets import TrainingGenerator, sample_sheet
 from train.streams import Streams, make_streams
+from train.vae import RESULT, TRAINING, trained_vae
 from train.vae import STAGE as STAGE_ONE
-from train.vae import trained_vae
 from train.warm_start import begin_with, started_from
 
 DRAWS, MEASURE = 2, 3  # purposes of this stage's generators (train.data.generator_of)
@@ -234,9 +240,10 @@ def load_task(config: TrainConfig, device: torch.device, world: int) -> tuple[Lo
         raise UserError("lora.cuda_graph is for one process: leave it off, or train on one GPU")
     vae = vae_of_intrinsics(config)
     pipeline: Any = open_base(config.base, dtype=precision(config.lora.loop, device))
-    network: Any = network_of(pipeline)
-    if vae.config["latent_channels"] != network.config["in_channels"]:
-        raise UserError(f"the intrinsic VAE of {config.out} has other latents than the base {config.base}")
+    if config.lora.shared_vae:
+        advice = "train stage 1 beside this base, in another --out"
+        folder = config.folder / RESULT
+        check_latents(folder, vae, pipeline.vae, other_weights=config.other_weights, advice=advice)
     caches = None
     if config.lora.cache:
         datasets = [Dataset.open(url) for url in config.shards]
@@ -306,30 +313,45 @@ def vae_of_intrinsics(config: TrainConfig) -> AutoencoderKL:
 def train_lora(config: TrainConfig) -> Outcome:
     """Trains stage 2, and writes the run folder. The same call again continues."""
     accelerator = make_accelerator()
+    with only_one(config.folder / TRAINING) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train_lora(config, accelerator)
+
+
+def _train_lora(config: TrainConfig, accelerator: Accelerator) -> Outcome:
     world = accelerator.num_processes
     task, samples = load_task(config, accelerator.device, world)
     network = network_of(task.pipeline)
-    base = describe_base(network, config.base)
-    identity = config.identity("lora", world) | {"base": base.architecture, "vae": weights_digest(task.vae)}
-    outcome = train(
+    if accelerator.is_main_process and config.lora.shared_vae and not says_its_base(config.folder / RESULT):
+        print(
+            f"note: {config.folder / RESULT} does not say beside which base it was trained: only its scale was compared",
+            file=sys.stderr,
+        )
+    settings = config.identity("lora", world) | {"vae": weights_digest(task.vae)}
+    untrained = task.streams.weights({name: p.detach() for name, p in task.trainable().items()})
+    prediction, shared_vae = prediction_type_of(task.pipeline), config.lora.shared_vae
+    manifest = manifest_for(network, config.base, prediction, untrained, shared_vae=shared_vae)
+    training = settings | {"base": manifest.base.architecture, "recipe": config.name}
+
+    def finish(average: Mapping[str, Tensor], step: int) -> None:
+        weights = task.streams.weights(average)
+        finished = dataclasses.replace(manifest, training=training | {"steps": step})
+        save_run(config.out, finished, weights, vae_of_intrinsics(config))
+
+    return train(
         task,
         config.lora.loop,
         samples,
         accelerator=accelerator,
         folder=config.folder / STAGE,
-        identity=identity,
+        identity=Identity(
+            settings=settings,
+            base=describe_pipeline(task.pipeline, config.base),
+            defaults=config.defaults("lora"),
+        ),
         seed=config.seed,
+        result={"manifest": dataclasses.asdict(dataclasses.replace(manifest, training=training))},
+        finish=finish,
     )
-    if outcome.finished and accelerator.is_main_process:
-        weights = task.streams.weights(outcome.average)
-        training = identity | {"recipe": config.name, "steps": outcome.step}
-        prediction = prediction_type_of(task.pipeline)
-        manifest = manifest_for(
-            network, config.base, prediction, weights, training=training, shared_vae=config.lora.shared_vae
-        )
-        save_run(config.out, manifest, weights, vae_of_intrinsics(config))
-    accelerator.wait_for_everyone()
-    return outcome
 
 
 def _frozen(module: Any) -> Any:

@@ -20,11 +20,13 @@ STAGES: dict[str, Callable[[TrainConfig], Outcome]] = {"vae": train_vae, "lora":
 def run_stages(config: TrainConfig, stages: Sequence[str]) -> None:
     """Runs stages of STAGES, those that are named; a signal ends the run after a saved step, with exit status 0."""
     quiet()
-    for stage in stages:
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
         outcome = STAGES[stage](config)
         if PartialState().is_main_process:
             _report(config, stage, outcome)
-        if not outcome.finished:
+            if outcome.finished and outcome.stopped and following:
+                print(f"stopped after {stage} was done; the same command continues with {following}", file=sys.stderr)
+        if not outcome.finished or outcome.stopped:
             return
 
 
@@ -40,8 +42,9 @@ def _report(config: TrainConfig, stage: str, outcome: Outcome) -> None:
         print(f"stopped after step {outcome.step} of {stage}, saved; the same command continues", file=sys.stderr)
         return
     table = Table(title=f"{stage}, {outcome.step} steps", title_justify="left", box=None, pad_edge=False)
-    for column in ("held out", "before", "after"):
-        table.add_column(column, justify="left" if column == "held out" else "right")
+    measured = "held out" if outcome.holds_out else "trained on"
+    for column in (measured, "before", "after"):
+        table.add_column(column, justify="left" if column == measured else "right")
     for name, value in outcome.last.items():
         before = outcome.first.get(name)
         table.add_row(name, "" if before is None else f"{before:.4f}", f"{value:.4f}")
@@ -52,7 +55,11 @@ def _report(config: TrainConfig, stage: str, outcome: Outcome) -> None:
     )
     console.print(f"{config.folder / 'training' / stage}", highlight=False)
     if outcome.best not in (None, outcome.step):
-        console.print(f"the held-out loss was lowest at step {outcome.best}; its checkpoint is kept")
+        loss = "held-out loss" if outcome.holds_out else "loss of the samples that are trained on"
+        console.print(
+            f"the {loss} was lowest at step {outcome.best}; its checkpoint is kept, and made a run folder by:"
+        )
+        console.print(f"python -m train export {config.out} --stage {stage} --out {config.out}-best", highlight=False)
     if stage == "lora":
         prompt = '"a red sphere on a wooden floor"'
         console.print(

@@ -5,13 +5,16 @@ Each intrinsic is zeroed in the input with probability 0.1, independently, so th
 loss then asks for the intrinsics that were given (ours; `vae.missing` asks for the others too).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
@@ -28,12 +31,14 @@ from shards.packing import CHANNELS, SLICES, unpack
 from train.config import TrainConfig, VaeConfig
 from train.data import Batch, Held, Samples, generator_of
 from train.engine import Outcome, Validation, make_accelerator, train
+from train.identity import MADE_FROM, Identity, check_latents, describe_vae
+from train.lock import only_one
 from train.metrics import compare, mean_of
 from train.vae_loss import kl, reconstruction, weighted
 from train.warm_start import ANEW, started_from
 
 DRAWS = 1  # purpose of this stage's generators (train.data.generator_of)
-STAGE, RESULT = "training/vae", "vae"
+TRAINING, STAGE, RESULT = "training", "training/vae", "vae"
 _PICTURES = 16
 """So many pictures say what mean and deviation the base's latent channels have: roughly, but the KL term is weak."""
 _LEAST_STD = 0.05  # of the mean deviation: a channel that the base leaves empty is not closed to the intrinsics
@@ -172,44 +177,75 @@ def train_vae(config: TrainConfig) -> Outcome:
     if not config.lora.shared_vae:
         raise UsageError("with lora.shared_vae = false there is no stage 1: run `python -m train lora` alone")
     accelerator = make_accelerator()
+    with only_one(config.folder / TRAINING) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train_vae(config, accelerator)
+
+
+def _train_vae(config: TrainConfig, accelerator: Accelerator) -> Outcome:
     device = accelerator.device
     torch.manual_seed(config.seed)
     pipeline: Any = open_base(config.base, dtype=torch.float32)
-    samples = Samples(config.shards, config.data, config.seed, str(config.folder / "training" / "selection"))
+    samples = Samples(config.shards, config.data, config.seed, str(config.folder / TRAINING / "selection"))
     held = samples.held_out()
     base_vae = pipeline.vae.to(device).eval()
-    run = started_from(config, pipeline)
-    vae = intrinsic_vae(run / RESULT, like=base_vae) if run else widen(base_vae)
+    vae = _begin(config, pipeline, base_vae)
     with torch.no_grad():
         images = Batch([one.sample for one in held[:_PICTURES]]).image().to(device)
         image_latents = base_vae.encode(images).latent_dist.mode()
     task = VaeTask(config.vae, vae.to(device).train(), held, image_latents, config.seed, device)
-    outcome = train(
+    made_from = describe_vae(base_vae)
+
+    def finish(average: Mapping[str, Tensor], step: int) -> None:
+        save_result(with_weights(vae, average), config.folder / RESULT, made_from)
+
+    return train(
         task,
         config.vae.loop,
         samples,
         accelerator=accelerator,
         folder=config.folder / STAGE,
-        identity=config.identity("vae", accelerator.num_processes),
+        identity=Identity(
+            settings=config.identity("vae", accelerator.num_processes),
+            base={"vae": made_from},
+            defaults=config.defaults("vae"),
+        ),
         seed=config.seed,
+        result={"vae": json.loads(vae.to_json_string())},
+        finish=finish,
     )
-    if outcome.finished and accelerator.is_main_process:
-        state = vae.state_dict()
-        for name, value in outcome.average.items():
-            state[name].copy_(value)
-        save_result(vae, config.folder / RESULT)
-    accelerator.wait_for_everyone()
-    return outcome
 
 
-def save_result(vae: AutoencoderKL, folder: Path) -> None:
-    """Writes the trained VAE as a diffusers folder, in one go. Raises UserError (a full disk, ...); what was there stays."""
+def _begin(config: TrainConfig, pipeline: Any, base_vae: AutoencoderKL) -> AutoencoderKL:
+    """The intrinsic VAE before its first step: that of the run to start from, or the base's own, widened."""
+    run = started_from(config, pipeline)
+    if run is None:
+        return widen(base_vae)
+    vae = intrinsic_vae(run / RESULT)
+    check_latents(run / RESULT, vae, base_vae, other_weights=config.other_weights, advice=ANEW)
+    return vae
+
+
+def with_weights(vae: AutoencoderKL, values: Mapping[str, Tensor]) -> AutoencoderKL:
+    """The VAE with these values in its parameters."""
+    state = vae.state_dict()
+    for name, value in values.items():
+        state[name].copy_(value)
+    return vae
+
+
+def save_result(vae: AutoencoderKL, folder: Path, made_from: Mapping[str, Any] | None = None) -> None:
+    """Writes the trained VAE as a diffusers folder, in one go. Raises UserError (a full disk, ...); what was there stays.
+
+    made_from: describe_vae of the base's VAE beside which it was trained.
+    """
     parent, temporary = Folder(folder.parent), f".{folder.name}.tmp"
     parent.remove(temporary)
     parent.make(temporary)
     parent.write(f"{temporary}/{CONFIG_NAME}", vae.to_json_string().encode())
     tensors = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
     parent.write(f"{temporary}/{SAFETENSORS_WEIGHTS_NAME}", save(tensors, {"format": "pt"}))
+    if made_from is not None:
+        parent.write(f"{temporary}/{MADE_FROM}", json.dumps(made_from, indent=1, sort_keys=True).encode())
     parent.remove(folder.name)
     parent.publish(temporary, folder.name)
 
@@ -222,10 +258,10 @@ def trained_vae(config: TrainConfig) -> AutoencoderKL:
     return intrinsic_vae(folder)
 
 
-def intrinsic_vae(folder: Path, like: AutoencoderKL | None = None) -> AutoencoderKL:
+def intrinsic_vae(folder: Path) -> AutoencoderKL:
     """The intrinsic VAE in a diffusers folder, in float32.
 
-    like: a base's VAE whose latents it must share. Raises UserError when it cannot be loaded or is of another shape.
+    Raises UserError when it cannot be loaded or reads no packed intrinsics.
     """
     try:
         vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
@@ -233,12 +269,4 @@ def intrinsic_vae(folder: Path, like: AutoencoderKL | None = None) -> Autoencode
         raise UserError(f"{folder} cannot be loaded: {error}") from error
     if vae.config["in_channels"] != CHANNELS:
         raise UserError(f"{folder} reads {vae.config['in_channels']} channels; an intrinsic VAE reads {CHANNELS}")
-    if like is not None:
-        theirs: Any = like.config
-        for name in ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels"):
-            mine, wanted = vae.config.get(name), theirs.get(name)
-            if mine != wanted:
-                raise UserError(
-                    f"{folder} is no intrinsic VAE of this base: its {name} is {mine}, the base's {wanted}; {ANEW}"
-                )
     return vae.float()

@@ -13,7 +13,7 @@ from shards.core.errors import UserError
 from train.config import TrainConfig
 from train.streams import Streams
 
-ANEW = "--start '' begins anew"
+ANEW = "--warm-start '' begins anew"
 
 
 def started_from(config: TrainConfig, pipeline: Any) -> Path | None:

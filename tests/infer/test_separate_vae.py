@@ -338,7 +338,7 @@ def test_learning_goes_on_from_a_run_of_its_kind_only(shards: str, trained: Path
     assert train_lora(starting(trained, "again", SEPARATE, "lora.loop.steps=1")).finished
     shared = tiny_text.models("sd21")[1]
     with pytest.raises(
-        UserError, match=r"trained with lora\.shared_vae = true, and now it is false; --start '' begins"
+        UserError, match=r"trained with lora\.shared_vae = true, and now it is false; --warm-start '' begins"
     ):
         train_lora(starting(shared, "a", SEPARATE))
     save_result(tiny_text.intrinsic_vae(), tmp_path / "b" / "vae")

@@ -22,6 +22,7 @@ from tests.support import labelled
 from train.config import LoopConfig, TrainConfig, load_train_config
 from train.data import Batch, Samples
 from train.engine import Outcome, Validation, make_accelerator, train
+from train.identity import Identity
 
 SMALL = (
     "data.size_px=32",
@@ -122,7 +123,9 @@ class Averages:
         return Validation(float(sum(p.detach().square().sum() for p in self.module.parameters())), {})
 
 
-def run_averages(shards: str, folder: Path, task: Averages, **loop: Any) -> Outcome:
+def run_averages(
+    shards: str, folder: Path, task: Averages, *, identity: Identity | None = None, finish: Any = None, **loop: Any
+) -> Outcome:
     """Trains `task` in this process (or in the group that its environment names)."""
     settings: dict[str, Any] = {"steps": 6, "batch": 2, "learning_rate": 0.1, "checkpoint_every": 2}
     config = config_of(shards, "none", folder, "data.memory_gb=0", "data.workers=0")
@@ -132,8 +135,9 @@ def run_averages(shards: str, folder: Path, task: Averages, **loop: Any) -> Outc
         Samples(config.shards, config.data, seed=0),
         accelerator=make_accelerator(),
         folder=folder,
-        identity={"batch": 1},
+        identity=identity or Identity(settings={"batch": 1}),
         seed=0,
+        finish=finish or (lambda average, step: None),
     )
 
 

@@ -27,7 +27,7 @@ from train.cache.make_shard import CacheConfig, Models, all_members, cache_shard
 from train.checkpoint import Checkpoint, Checkpoints
 from train.config import LoopConfig, LoraConfig, TrainConfig, load_train_config, recipe_names
 from train.data import Batch, Samples
-from train.log import held_out_figures
+from train.log import measured_figures
 from train.lora import Draws, draw, load_task, train_lora
 from train.vae import save_result, train_vae
 
@@ -127,7 +127,7 @@ def test_stage_one_goes_on_from_the_vae_of_a_run_and_refuses_one_of_another_shap
     shards: str, trained: Path, tmp_path: Path
 ) -> None:
     again = train_vae(_starting(shards, trained, tmp_path / "a", "vae.loop.steps=1"))
-    assert again.first["loss"] == pytest.approx(held_out_figures(trained / "training" / "vae")[-1]["loss"], rel=1e-5)
+    assert again.first["loss"] == pytest.approx(measured_figures(trained / "training" / "vae")[-1]["loss"], rel=1e-5)
     with pytest.raises(UserError, match="reads 3 channels; an intrinsic VAE reads 8"):
         train_vae(_starting(shards, tiny_text.models("sd21")[0], tmp_path / "b"))
     shutil.copytree(trained / "vae", tmp_path / "other" / "vae")
@@ -143,8 +143,8 @@ def test_stage_two_goes_on_from_the_lora_of_a_run_and_refuses_one_that_does_not_
     shutil.copytree(trained / "vae", tmp_path / "vae")
     again = train_lora(_starting(shards, trained, tmp_path, "lora.loop.steps=1"))
     before, after = (
-        held_out_figures(trained / "training" / "lora")[0],
-        held_out_figures(trained / "training" / "lora")[-1],
+        measured_figures(trained / "training" / "lora")[0],
+        measured_figures(trained / "training" / "lora")[-1],
     )
     assert again.first["loss"] == pytest.approx(after["loss"], rel=1e-5) != before["loss"]
     with pytest.raises(UserError, match=r"another LoRA .* LoraShape\(rank=2.*not LoraShape\(rank=3"):
@@ -191,7 +191,7 @@ def test_both_stages_train_in_bf16_on_the_cpu(shards: str, trained: Path, tmp_pa
     config = config_of(shards, tiny_text.models("sd21")[0], tmp_path / "run", *settings)
     assert train_vae(config).finished and train_lora(config).finished
     for stage in ("vae", "lora"):
-        bf16, float32 = (held_out_figures(run / "training" / stage)[0] for run in (tmp_path / "run", trained))
+        bf16, float32 = (measured_figures(run / "training" / stage)[0] for run in (tmp_path / "run", trained))
         assert bf16["loss"] == pytest.approx(float32["loss"], rel=0.05)  # before the first step: the same weights
 
 

@@ -29,7 +29,9 @@ from infer.evaluation.demo.pixel_net import load_detector
 from shards.core.errors import UserError
 from shards.dataset import Dataset
 from train.demo.pixel_net import change_look
-from train.demo.state import averaged, follow, load_state, save_state
+from train.demo.state import averaged, follow, load_state, save_state, settings_of
+from train.lock import only_one
+from train.stop import Stop
 
 MINE = 0.3
 """Share of the union from which on a mask of the first look is that of a thing."""
@@ -219,11 +221,18 @@ def _off(where: tuple[float, float, float], rng: np.random.Generator) -> tuple[f
 def train_close(name: str, config: CloseTraining) -> Path:
     """Trains the network `name` (things or pairs), and writes the checkpoint to config.out, where the detector's first part
     is; returns that folder. Resumes by itself."""
+    with only_one(config.out), Stop() as stop:
+        _train(name, config, stop)
+    return config.out
+
+
+def _train(name: str, config: CloseTraining, stop: Stop) -> None:
+    settings = settings_of(config, ("shards", "out", "save_every", "steps")) | {"steps": config.steps[name]}
     torch.manual_seed(config.seed)
     net = CloseNet(THINGS if name == "things" else PAIRS).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average, state, steps = averaged(net), config.out / f"{name}-training.safetensors", config.steps[name]
     optimiser = AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    first = load_state(state, net, average, optimiser)
+    first = load_state(state, net, average, optimiser, settings)
     scenes = read_scenes(config)
     with Progress() as progress:
         task = progress.add_task(name, total=steps, completed=first)
@@ -239,10 +248,12 @@ def train_close(name: str, config: CloseTraining) -> Path:
             optimiser.step()
             follow(average, net, config.ema, step)
             progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            if (step + 1) % config.save_every == 0 or step + 1 == steps or stop.asked():
                 progress.print(f"{name} step {step + 1}: cross entropy {loss.item():.3f}")
-                save_state(state, step + 1, net, average, optimiser)
                 shipped = CloseNet(net.config)
                 shipped.load_state_dict(average)
-                save_close(shipped, config.out)
-    return config.out
+                save_close(
+                    shipped, config.out
+                )  # before the state: once that has the last step, nothing is written any more
+                save_state(state, step + 1, net, average, optimiser, settings)
+                stop.check(f"the close look at {name}", step + 1)

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from extract.estimators.nets.demo_net import DemoNet, DemoNetConfig, Prediction, save_demo_net
 from train.demo.scene_store import SceneStore, open_chunk
-from train.demo.state import STATE, averaged, follow, load_state, save_state
+from train.demo.state import STATE, averaged, follow, load_state, save_state, settings_of
+from train.lock import only_one
+from train.stop import Stop, Stopped
 
 Batch = dict[str, Tensor]
 
@@ -185,16 +187,19 @@ def _edge_loss(logit: Tensor, target: Tensor) -> Tensor:
 def train_estimator(config: EstimatorTraining) -> Path:
     """Renders the scenes, trains, and writes the checkpoint to config.out; returns that folder. Resumes by itself."""
     store = config.store()
-    with Progress() as progress:
+    settings = settings_of(config, ("out", "scenes", "save_every", "workers"))
+    with only_one(config.out), Progress() as progress, Stop() as stop:
         if len(ready := store.ready()) < config.chunks:
             task = progress.add_task("rendering scenes", total=config.chunks, completed=len(ready))
             for _ in store.render_missing(config.workers):
                 progress.advance(task)
+                if stop.asked():
+                    raise Stopped("stopped while scenes were rendered; the same command continues")
         torch.manual_seed(config.seed)
         net = DemoNet(DemoNetConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         average = averaged(net)
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        first = load_state(config.out / STATE, net, average, optimiser)
+        first = load_state(config.out / STATE, net, average, optimiser, settings)
         task = progress.add_task("training", total=config.steps, completed=first)
         for step, batch in enumerate(batches(config, first), start=first):
             for group in optimiser.param_groups:
@@ -210,13 +215,14 @@ def train_estimator(config: EstimatorTraining) -> Path:
             optimiser.step()
             follow(average, net, config.ema, step)
             progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked():
                 values = ", ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
                 progress.print(f"step {step + 1}: {values}")
                 shipped = DemoNet(net.config)
                 shipped.load_state_dict(average)
                 save_demo_net(shipped, config.out)
-                save_state(config.out / STATE, step + 1, net, average, optimiser)
+                save_state(config.out / STATE, step + 1, net, average, optimiser, settings)
+                stop.check("the estimator", step + 1)
     return config.out
 
 

@@ -9,8 +9,10 @@ happened.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +33,9 @@ from infer.evaluation.demo.pixel_net import (
 from shards.core.errors import UserError
 from shards.dataset import Dataset
 from shards.sample import Sample
-from train.demo.state import STATE, averaged, follow, load_state, save_state
+from train.demo.state import STATE, averaged, follow, load_state, save_state, settings_of
+from train.lock import only_one
+from train.stop import Stop
 
 Weights = dict[str, Tensor]
 Scenes = dict[str, np.ndarray]
@@ -149,11 +153,18 @@ def losses(seen: Detection, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def train_detector(config: DetectorTraining) -> Path:
     """Trains, and writes the checkpoint to config.out; returns that folder. Resumes by itself."""
+    with only_one(config.out), Stop() as stop:
+        _train(config, stop)
+    return config.out
+
+
+def _train(config: DetectorTraining, stop: Stop) -> None:
+    settings = settings_of(config, ("shards", "out", "save_every"))
     torch.manual_seed(config.seed)
     net = DetectorNet(DetectorConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = averaged(net)
     optimiser = AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    first = load_state(config.out / STATE, net, average, optimiser)
+    first = load_state(config.out / STATE, net, average, optimiser, settings)
     with Progress() as progress:
         progress.print(f"reading scenes of {config.shards}")
         scenes = read_scenes(config.shards, config.limit)
@@ -170,11 +181,11 @@ def train_detector(config: DetectorTraining) -> Path:
             optimiser.step()
             follow(average, net, config.ema, step)
             progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked():
                 values = ", ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
                 progress.print(f"step {step + 1}: {values}")
-                _save(config, step + 1, net, average, optimiser)
-    return config.out
+                _save(config, step + 1, net, average, optimiser, settings)
+                stop.check("the detector", step + 1)
 
 
 def _rate(config: DetectorTraining, step: int) -> float:
@@ -186,9 +197,16 @@ def _rate(config: DetectorTraining, step: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _save(config: DetectorTraining, step: int, net: DetectorNet, average: Weights, optimiser: AdamW) -> None:
+def _save(
+    config: DetectorTraining,
+    step: int,
+    net: DetectorNet,
+    average: Weights,
+    optimiser: AdamW,
+    settings: Mapping[str, Any],
+) -> None:
     """The averaged weights as a checkpoint that can be used at once, and all that resuming needs."""
     shipped = DetectorNet(net.config)
     shipped.load_state_dict(average)
     save_detector(shipped, config.out)
-    save_state(config.out / STATE, step, net, average, optimiser)
+    save_state(config.out / STATE, step, net, average, optimiser, settings)

@@ -12,6 +12,7 @@ On a GPU where there is one; the U-Net's kernels are then replayed as CUDA graph
 step) and goes on from its last checkpoint.
 """
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -52,8 +53,10 @@ from train.demo.base_networks import (
 )
 from train.demo.ground_truth import fully_named
 from train.demo.latent_channels import weigh_channels
-from train.demo.state import STATE, averaged, follow, load_state, save_state
+from train.demo.state import STATE, averaged, follow, load_state, save_state, settings_of
+from train.lock import only_one
 from train.muon import StackedMuon, has_bf16
+from train.stop import Stop, Stopped
 
 NOISE = 4  # a purpose of train.data.generator_of
 DECAY, BETAS = 0.01, (0.9, 0.99)  # of both optimisers
@@ -189,9 +192,12 @@ def _train(
     device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with bf16, 1.4 to 1.7 times as fast
     average = averaged(net)
-    first = load_state(folder / STATE, net, average, optimiser)
+    settings = settings_of(
+        config, ("shards", "out", "held_out", "steps", "vae_steps", "stop_at", "save_every", "compile")
+    )
+    first = load_state(folder / STATE, net, average, optimiser, settings | {"steps": steps})
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, disable=rank > 0) as progress:
+    with Progress(*columns, disable=rank > 0) as progress, Stop() as stop:
         task, losses = progress.add_task(title, total=steps, completed=first), list[Tensor]()
         last = min(steps, stop_at or steps)
         for step in range(first, last):
@@ -208,11 +214,14 @@ def _train(
             follow(average, net, config.ema, step)
             losses.append(loss.detach())  # its number would have to be waited for
             progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == last:
+            stopped = stop.asked(world, device)
+            if (step + 1) % config.save_every == 0 or step + 1 == last or stopped:
                 if rank == 0:
                     progress.print(f"{title} step {step + 1}: loss {torch.stack(losses).mean():.4f}")
-                    save_state(folder / STATE, step + 1, net, average, optimiser)
+                    save_state(folder / STATE, step + 1, net, average, optimiser, settings | {"steps": steps})
                 losses.clear()
+            if stopped:
+                raise Stopped(f"stopped after step {step + 1} of {title}, saved; the same command continues")
     net.load_state_dict(average)
     net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
@@ -393,6 +402,12 @@ def train_base(config: BaseTraining) -> Path:
         raise UserError("--compile is for a CPU: a GPU replays the U-Net's kernels as CUDA graphs; leave it out")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    with only_one(config.out) if main else contextlib.nullcontext():
+        return _train_both(config)
+
+
+def _train_both(config: BaseTraining) -> Path:
     pictures, held_out = Pictures.read(config.shards).split(config.held_out)
     print(f"{len(pictures.captions)} pictures to learn from, half of them mirrored; {len(held_out.captions)} held out")
     config.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """Training of the detector: labels are those of the scene, and a run that was stopped goes on as if nothing had happened."""
 
 import dataclasses
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,12 @@ from infer.evaluation.demo.layout import RELATED
 from infer.evaluation.demo.pixel_net import COLOUR_CLASSES, SHAPE_CLASSES, load_detector
 from shards.core.errors import UserError
 from shards.dataset import Dataset
+from train.demo import pixel_net
 from train.demo.crop_nets import CloseTraining, fray, pairs_of, train_close, whose
 from train.demo.crop_nets import read_scenes as read_close
 from train.demo.ground_truth import TruthSettings, write_truth
 from train.demo.pixel_net import DetectorTraining, labels, make_batch, read_scenes, train_detector
+from train.stop import Stopped
 
 SCENES = TruthSettings(seed=4, count=3)
 
@@ -53,6 +57,24 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(shards, tmp_p
     whole, resumed = (load_file(out / "training.safetensors") for out in (recipe.out, part.out))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert load_detector(recipe.out).config.working_px == 64
+
+
+def test_sigterm_ends_it_after_the_step_at_hand_saved(shards, tmp_path, monkeypatch):
+    recipe = DetectorTraining(shards=shards, out=tmp_path / "a", phases=((1, 4),), save_every=100)
+    train_detector(recipe)
+    stopped, step_on = dataclasses.replace(recipe, out=tmp_path / "b"), pixel_net.follow
+
+    def terminate(average, net, decay, step):
+        step_on(average, net, decay, step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 2 of the detector, saved"):
+        patch.setattr(pixel_net, "follow", terminate)
+        train_detector(stopped)
+    train_detector(stopped)
+    whole, resumed = (load_file(out / "training.safetensors") for out in (recipe.out, stopped.out))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +164,22 @@ def test_batches_depend_on_the_step_alone(shards):
 def test_a_folder_without_scenes_is_named(tmp_path):
     with pytest.raises(UserError, match="no dataset"):
         read_scenes(str(tmp_path), 3)
+
+
+def test_the_close_look_of_a_run_that_died_while_writing_it_is_written_by_the_next(
+    shards, first, tmp_path, monkeypatch
+):
+    recipe = CloseTraining(shards=shards, out=tmp_path, steps={"things": 2}, batch=2, save_every=100)
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(first / file, tmp_path / file)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.demo.crop_nets.save_close", die)
+        train_close("things", recipe)
+    with pytest.raises(UserError):
+        load_close("things", tmp_path)
+    train_close("things", recipe)
+    assert load_close("things", tmp_path).config.side_px == 24

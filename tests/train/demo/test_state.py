@@ -58,3 +58,16 @@ def test_a_damaged_state_is_refused_with_its_name(state: Path) -> None:
     net = nn.Linear(3, 2)
     with pytest.raises(UserError, match=r"cannot go on from .*state.safetensors"):
         load_state(state, net, averaged(net), torch.optim.AdamW(net.parameters()))
+
+
+def test_settings_that_changed_since_are_said_and_what_a_state_does_not_name_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = nn.Linear(3, 2)
+    optimiser, average, path = torch.optim.AdamW(net.parameters()), averaged(net), tmp_path / "state.safetensors"
+    save_state(path, 7, net, average, optimiser, {"rate": 0.1, "batch": 2})
+    assert load_state(path, net, average, optimiser, {"rate": 0.1, "batch": 2, "newer": 1}) == 7
+    assert not capsys.readouterr().err
+    assert load_state(path, net, average, optimiser, {"rate": 0.2, "batch": 2}) == 7
+    said = capsys.readouterr().err
+    assert "was made with rate = 0.1; from step 7 on it is 0.2" in said and "batch" not in said

@@ -1,12 +1,16 @@
 """The embedded base's training: exact resume, and a pipeline that diffusers loads."""
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -15,6 +19,7 @@ from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
 from shards.inspect.verify import verify
 from train.__main__ import app
+from train.demo import text_to_image
 from train.demo.base_networks import ARCHITECTURES, make_tokenizer
 from train.demo.ground_truth import TruthSettings, write_truth
 from train.demo.text_to_image import BaseTraining, Pictures, evenly, train_base
@@ -116,6 +121,26 @@ def test_every_architecture_learns_and_samples_an_image_of_its_size(truth: str, 
 def test_an_architecture_that_there_is_not_is_a_usage_error(truth: str) -> None:
     with pytest.raises(UsageError, match=r"9x9.*8x8, 16x16"):
         BaseTraining(shards=truth, architecture="9x9")
+
+
+def test_sigterm_ends_the_command_after_the_step_at_hand_and_a_second_one_is_refused_meanwhile(
+    truth: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_on, out = text_to_image.follow, tmp_path / "out"
+
+    def terminate(average: Any, net: Any, decay: float, step: int) -> None:
+        step_on(average, net, decay, step)
+        with pytest.raises(UserError, match=r"trains in .* already"):
+            train_base(_three_steps(truth, out))
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_to_image, "follow", terminate)
+        found = CliRunner().invoke(app, ["base", "--shards", truth, "--out", str(out)])
+    assert found.exit_code == 0 and "stopped after step 2 of VAE, saved; the same command continues" in found.output
+    with safe_open(out / "vae" / "training.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "2"
 
 
 def test_only_pictures_whose_captions_name_everything_are_learned_from(truth: str) -> None:
