@@ -25,7 +25,7 @@ REASONS: dict[str, Reason] = {
     "missing_file": Reason(
         "read", "the table of captions names a file that is not there, or it went away during the run"
     ),
-    "broken_link": Reason("read", "a symbolic link that leads to nothing, or in a circle"),
+    "broken_link": Reason("read", "a link, of a folder or in a tar, that leads to nothing, or in a circle"),
     "not_a_file": Reason("read", "a folder, pipe, socket or device with the name of an image"),
     "unreadable": Reason("read", "the operating system or the object store refused to read the file", passing=True),
     "too_many_bytes": Reason("read", "the file is larger than max_bytes"),
@@ -39,7 +39,10 @@ REASONS: dict[str, Reason] = {
     "bad_metadata": Reason("read", "the .json beside the image is not a JSON object, or its caption is not text"),
     "no_image": Reason("read", "a sample of a tar or dataset that has no image"),
     "forgotten": Reason("read", "removed on request, by `python -m shards forget`; it never comes back"),
-    "outside": Reason("read", "a dataset that refers to an image outside its own folder"),
+    "several_images": Reason(
+        "read", "a sample of a tar with several images; source.image_member says which one is meant"
+    ),
+    "outside": Reason("read", "a dataset that refers to an image outside its own folder, or a link out of its tar"),
     "bad_tar": Reason("read", "the tar is damaged or ends too early; its whole samples before the damage were used"),
     "duplicate_member": Reason("read", "a sample of a tar has two members of one name"),
     "missing_in_tar": Reason("read", "img2dataset's table lists the sample as a success, but it is not in the tar"),

@@ -1,14 +1,7 @@
 """Writes one shard, and commits it so that of several writers exactly one wins, and a crash at any instant heals.
 
-The commit, for shard 000000 and a writer's random token:
-
- 1. The tar, the failures and the mark are written in full, and synced, as .writing/000000.TOKEN.{tar,failed.jsonl,json}.
- 2. .writing/000000.winner is created exclusively, holding TOKEN. Only its owner may go on; everyone else discards.
- 3. The three files get their final names, the mark last. Then the winner file is removed.
-
-If the winner dies in step 3, whoever comes next finishes its step 3 (each part of it may be repeated). A writer that wins
-after another one's commit sees the mark and discards its own work. Files of two writers are thus never mixed.
-A shard that is to be replaced goes the same way: the writer names the mark that it replaces, and any other is newer.
+The tar, the failures and the mark are written in full, and synced, and then committed together (shards.commit), the mark
+last. A shard that is to be replaced goes the same way.
 """
 
 import contextlib
@@ -18,14 +11,14 @@ import os
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from shards.core.errors import UserError
+from shards.commit import Commit
 from shards.core.storage import WRITING, Folder
-from shards.marks import VERSION, MarkError, canonical, seal, shard_name, unseal
+from shards.marks import VERSION, MarkError, seal, shard_name, unseal
 from shards.sample import SampleError
 from shards.tar import TarWriter
 
@@ -39,6 +32,7 @@ class ShardWriter:
     folder: the dataset. index: the shard's number. members: what every sample must have, in order.
     made: what the shard was made from and with; kept in its mark.
     replaces: the checksum of the committed mark that this shard is to replace; None for a new shard.
+    check: called when the commit is won; what it raises gives the commit up.
     """
 
     def __init__(
@@ -49,9 +43,10 @@ class ShardWriter:
         members: Iterable[str],
         made: Mapping[str, Any],
         replaces: str | None = None,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self._folder, self._name, self._made, self._replaces = folder, shard_name(index), dict(made), replaces
-        self._members = list(members)
+        self._members, self._check = list(members), check
         self._token = uuid.uuid4().hex
         self._failed: Counter[str] = Counter()
         self._failed_sha256 = hashlib.sha256()
@@ -126,21 +121,12 @@ class ShardWriter:
         if self._folder.local_path is None:
             for suffix in _SUFFIXES:
                 self._folder.upload(self._path(suffix), f"{WRITING}/{self._path(suffix).name}")
-        recover(self._folder, self._name)
-        claim = canonical({"token": self._token, "replaces": self._replaces})
-        if not self._superseded() and self._folder.create(_winner(self._name), claim):
-            if self._superseded():  # by a commit that ended, and removed its winner file, in between
-                self._folder.remove(_winner(self._name))
-            else:
-                self._handed_over = True
-                _publish(self._folder, self._name, self._token)
-        else:
-            recover(self._folder, self._name)
+        _commit(self._folder, self._name).attempt(self._token, self._replaces, check=self._check, won=self._hand_over)
         self.abort()
         return read_mark(self._folder, self._name)
 
-    def _superseded(self) -> bool:
-        return _committed(self._folder, self._name) != self._replaces
+    def _hand_over(self) -> None:
+        self._handed_over = True
 
     def _finish_files(self) -> tuple[str, dict[str, Any]]:
         """Brings both files to the disk; returns the tar's sha256, and the sha256 and size of the failures."""
@@ -150,7 +136,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-        size = self._path("failed.jsonl").stat().st_size
+            size = self._path("failed.jsonl").stat().st_size
         return tar_sha256, {"sha256": self._failed_sha256.hexdigest(), "size": size}
 
     def abort(self) -> None:
@@ -167,35 +153,24 @@ class ShardWriter:
                 self._scratch.rmdir()
 
 
-def _winner(name: str) -> str:
-    return f"{WRITING}/{name}.winner"
+def committed_mark(folder: Folder, name: str) -> dict[str, Any] | None:
+    """The shard's mark; None if it is not committed."""
+    return read_mark(folder, name) if folder.exists(f"{name}.json") else None
 
 
 def _committed(folder: Folder, name: str) -> str | None:
     """The checksum of the shard's mark; None if it has none."""
-    return str(read_mark(folder, name)["checksum"]) if folder.exists(f"{name}.json") else None
+    mark = committed_mark(folder, name)
+    return None if mark is None else str(mark["checksum"])
 
 
-def _publish(folder: Folder, name: str, token: str) -> None:
-    for suffix in _SUFFIXES:
-        folder.publish(f"{WRITING}/{name}.{token}.{suffix}", f"{name}.{suffix}")
-    for suffix in _SUFFIXES:
-        folder.remove(f"{WRITING}/{name}.{token}.{suffix}")  # object stores copy, so the source is still there
-    folder.remove(_winner(name))
+def _commit(folder: Folder, name: str) -> Commit:
+    return Commit(folder, name, _SUFFIXES, lambda: _committed(folder, name))
 
 
 def recover(folder: Folder, name: str) -> None:
     """Finishes the commit of a writer that died after it had won; does nothing if there is none."""
-    try:
-        claim = json.loads(folder.read(_winner(name)))
-    except UserError:
-        if folder.exists(_winner(name)):
-            raise
-        return
-    if _committed(folder, name) == claim["replaces"]:
-        _publish(folder, name, claim["token"])
-    else:
-        folder.remove(_winner(name))
+    _commit(folder, name).recover()
 
 
 def read_mark(folder: Folder, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from extract.sources import Failure, RawSample, Source, Unit
 from shards.core.storage import Folder
 from shards.counts import is_drop
 from shards.dataset import Dataset
+from shards.description import check_kind
 from shards.edit.forget import REASON as FORGOTTEN
 from shards.edit.forget import Forgotten, read_forgotten
 from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError
@@ -64,6 +65,9 @@ class UnitWork:
     members: tuple[str, ...]
     threads: int
     window: int
+    kind: str = ""
+    """The kind of the dataset (shards.description.kind_of), which must still be this one when a shard is committed; "" where
+    no dataset.json is kept."""
 
     @property
     def makes_maps(self) -> bool:
@@ -125,9 +129,16 @@ def make_shard(
     """
     progress = progress or Progress()
     old = _OldShard(folder, unit.index)
+
+    def still_ours() -> None:
+        if work.kind:
+            check_kind(folder, work.kind)
+
     begin = time.perf_counter()
     with (
-        ShardWriter(folder, unit.index, members=work.members, made=made, replaces=old.checksum) as writer,
+        ShardWriter(
+            folder, unit.index, members=work.members, made=made, replaces=old.checksum, check=still_ours
+        ) as writer,
         ThreadPoolExecutor(work.threads, "encode") as pool,
     ):
         encoded: list[tuple[_Item, Future[dict[str, bytes]] | None]] = []

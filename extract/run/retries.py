@@ -58,10 +58,12 @@ def units(source: Source, folder: Folder, shards: range, round_: Mapping[str, An
     return source.again(keys, shard_size, round_["first"])
 
 
-def remove_surplus(folder: Folder, shards: int) -> None:
-    """Removes shards beyond the number that there should be: those of rounds that have become shorter, which happens
-    only where a shard before them was lost and made anew. The mark goes first."""
+def remove_surplus(folder: Folder, shards: int) -> int:
+    """Removes shards beyond the number that there should be, and returns how many: those of rounds that have become shorter,
+    where a shard before them was lost and made anew, or of inputs that have become fewer. The mark goes first."""
     stems = (name.removesuffix(".json") for name in folder.list() if name.endswith(".json"))
-    for stem in [stem for stem in stems if stem.isdigit() and int(stem) >= shards]:
+    surplus = [stem for stem in stems if stem.isdigit() and int(stem) >= shards]
+    for stem in surplus:
         for suffix in ("json", "tar", "failed.jsonl"):
             folder.remove(f"{stem}.{suffix}")
+    return len(surplus)

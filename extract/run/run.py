@@ -5,6 +5,7 @@ goes on: units whose shard is committed, and was made with the same settings, ar
 """
 
 import contextlib
+import itertools
 import signal
 import threading
 import time
@@ -20,19 +21,21 @@ from typing import TYPE_CHECKING, Any
 from extract.config import ExtractConfig
 from extract.estimators.table import Task, find_set, fingerprint, tasks_of
 from extract.run import retries
+from extract.run.inputs import Changes, is_current, made_of, same_source
 from extract.run.make_shard import UnitWork
 from extract.run.progress import Reporter
-from extract.run.worker import Outcome, WorkerSetup
+from extract.run.worker import Outcome, Worker, WorkerSetup
 from extract.sources import Source, Unit
 from extract.sources.table import open_source
 from shards.core.errors import TooManyFailures, UserError
 from shards.core.storage import WRITING, Folder
 from shards.counts import Standing, is_drop
-from shards.dataset import Dataset, write_info
+from shards.dataset import Dataset
+from shards.description import create_info, kind_of, read_info, replace_info, update_info
 from shards.intrinsics import INTRINSICS
-from shards.marks import DATASET, digest, shard_name
+from shards.marks import shard_name
 from shards.sample import member_names
-from shards.writer import read_mark, recover
+from shards.writer import committed_mark, recover
 
 if TYPE_CHECKING:
     from extract.workers import cluster  # imports Ray, which a complete dataset does not need
@@ -58,11 +61,13 @@ def run(
     retry_failed: bool = False,
     source: Source | None = None,
     tasks: Sequence[Task] | None = None,
+    in_process: bool = False,
 ) -> Summary:
     """Extracts, or goes on with an extraction; returns when the dataset is complete.
 
     retry_failed: then try again, in further shards, what failed for a reason that may have passed (extract.run.retries).
-    source, tasks: instead of those that the configuration names. Raises UserError with a sentence if it cannot finish;
+    source, tasks: instead of those that the configuration names. in_process: one worker, in this process, without Ray: what
+    tests and benchmarks of the driver need. Raises UserError with a sentence if it cannot finish;
     TooManyFailures, after finishing, if more inputs failed than run.max_failed allows.
     """
     source = source or open_source(config.source)
@@ -71,12 +76,12 @@ def run(
         retries.check(source)
     folder = Folder(config.out)
     folder.make()
-    info, finishing = _describe(folder, config, source, tasks)
+    info, finishing = _take_over(folder, config, source, tasks)
     begin, size = time.monotonic(), config.run.shard_size
     stop = _Stop()
     with Reporter(_total(source, config.run.limit)) as reporter, stop.listening(), contextlib.ExitStack() as stack:
         tally = _Tally(Summary(config.out), reporter, stop)
-        crew = _Crew(folder, source, config, info, tasks, tally, stack)
+        crew = _Crew(folder, source, config, info, tasks, tally, stack, in_process)
         crew.work(source.units(size, config.run.limit))
         if retry_failed and not (info["retries"] and finishing):
             info["retries"].append(retries.new_round(tally.shards))
@@ -104,25 +109,73 @@ def run(
 # ---- what is to be done ----------------------------------------------------------------------------------------------
 
 
-def _describe(
+def _take_over(
     folder: Folder, config: ExtractConfig, source: Source, tasks: Sequence[Task]
 ) -> tuple[dict[str, Any], bool]:
     """dataset.json for this run, and whether an earlier run began and did not end.
 
-    Raises UserError if the folder holds a dataset of other images.
+    Where the folder's dataset is described otherwise (another estimator, other inputs), it is described anew before any
+    shard is looked at: a run that is at work with the earlier description commits nothing from then on.
+    """
+    old = read_info(folder)
+    info, finishing = _describe(folder, config, source, tasks, old)
+    if old is not None and kind_of(old) != kind_of(info) and not replace_info(folder, info, old["checksum"]):
+        raise UserError(
+            f"another run changes {config.out} at this moment; wait for its end, and run the same command again"
+        )
+    return info, finishing
+
+
+def _begin(folder: Folder, info: dict[str, Any]) -> None:
+    """Writes dataset.json as that of an unfinished dataset, before the first shard. Raises UserError if another run with
+    other settings was faster."""
+    if create_info(folder, info):
+        return
+    other = read_info(folder)
+    if other is not None and kind_of(other) != kind_of(info):
+        differing = _differing(other, info) or ["its estimators"]
+        raise UserError(
+            f"another run began a dataset in {folder.url} at the same moment, with other settings: "
+            f"{', '.join(differing)}; choose another --out"
+        )
+    update_info(folder, info)
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that two descriptions differ in, for a message."""
+    before, after = ({**info["config"], "estimators": info["estimators"]} for info in (old, new))
+    return [f"{key} ({_difference(before.get(key), after[key])})" for key in after if before.get(key) != after[key]]
+
+
+def _describe(
+    folder: Folder,
+    config: ExtractConfig,
+    source: Source,
+    tasks: Sequence[Task],
+    earlier: dict[str, Any] | None,
+) -> tuple[dict[str, Any], bool]:
+    """The description that this run gives the dataset, and whether an earlier run began and did not end.
+
+    earlier: what dataset.json says. Raises UserError if the folder holds a dataset of other images.
     """
     made = {name: fingerprint(task.row) for task in tasks for name in task.intrinsics}
     rounds: list[dict[str, Any]] = []
     finishing = False
     described = {"source": source.describe(), **config.identity(), "limit": config.run.limit}
-    if folder.exists(DATASET):
-        old = Dataset.open(folder.url).info
-        differing = sorted(key for key in described if key != "limit" and described[key] != old["config"].get(key))
+    if earlier is not None:
+        old = earlier
+        differing = sorted(
+            key for key in described if key not in ("limit", "source") and described[key] != old["config"].get(key)
+        )
+        if not same_source(old["config"].get("source") or {}, described["source"]):
+            differing.append("source")
         if _beyond(old["config"].get("limit"), config.run.limit):
             differing.append("limit")  # it may grow only: shards are never taken away
         rounds, finishing = list(old.get("retries") or ()), old["totals"] is None
         if rounds and old["config"].get("limit") != config.run.limit and "limit" not in differing:
             differing.append("limit")  # nor may it grow once shards of a further attempt follow
+        if rounds and "source" not in differing and old["config"]["source"] != described["source"]:
+            differing.append("source")  # nor may its inputs change then
         if differing:
             names = ", ".join(f"{key} ({_difference(old['config'].get(key), described[key])})" for key in differing)
             raise UserError(
@@ -239,19 +292,56 @@ class _Crew:
     tasks: Sequence[Task]
     tally: _Tally
     stack: contextlib.ExitStack
+    in_process: bool = False
+    changes: Changes = field(default_factory=Changes)
     _staff: "tuple[cluster.Pool, Callable[[], int] | None] | None" = None
 
     def work(self, units: Iterable[Unit]) -> None:
         """Does all units that are not done; returns when they are committed."""
-        from extract.workers import cluster
-
         jobs = self._jobs(units)
         first = next(jobs, None)
         if first is not None:  # Ray is not even started for a dataset that is complete
-            write_info(self.folder, self.info)
-            self._staff = self._staff or self._start()
-            pool, capacity = self._staff
-            cluster.Dispatcher(pool, jobs, self.tally, capacity).work(first)
+            _begin(self.folder, self.info)
+            try:
+                if self.in_process:
+                    self._work_here(first, jobs)
+                else:
+                    self._work_on_ray(first, jobs)
+            except UserError as error:
+                if self._finished_by_another_run():
+                    raise UserError(
+                        f"another run of the same command finished {self.folder} while this one was at work, so this one "
+                        "stops; the dataset is whole, and nothing is left to do"
+                    ) from error
+                raise
+        for sentence in self.changes.summary():
+            self.tally.say(sentence)
+
+    def _work_on_ray(self, first: "cluster.Job", jobs: "Iterator[cluster.Job]") -> None:
+        from extract.workers import cluster
+
+        self._staff = self._staff or self._start()
+        pool, capacity = self._staff
+        cluster.Dispatcher(pool, jobs, self.tally, capacity).work(first)
+
+    def _work_here(self, first: "cluster.Job", jobs: "Iterator[cluster.Job]") -> None:
+        from extract.workers import cluster
+
+        staff = cluster.Staff(1, "cpu", 0.0, self.config.run.threads or cluster.CPU_THREADS)
+        worker = Worker(self._setup(staff))
+        for job in itertools.chain([first], jobs):
+            for attempt in range(1, cluster.ATTEMPTS + 1):
+                outcome = worker.run(job.unit, job.made, job.skip)
+                if not outcome.problem:
+                    break
+                if attempt == cluster.ATTEMPTS:
+                    raise UserError(outcome.problem)
+            self.tally.finished(job.unit, outcome)
+            self.tally.working(0, 0)
+
+    def _finished_by_another_run(self) -> bool:
+        current = read_info(self.folder)
+        return current is not None and current["totals"] is not None and kind_of(current) == kind_of(self.info)
 
     def _jobs(self, units: Iterable[Unit]) -> "Iterator[cluster.Job]":
         """The jobs that are not done yet, lazily and in order; those that are done are counted."""
@@ -262,14 +352,17 @@ class _Crew:
         )  # no others need be looked for, which would cost an object store several requests each
         ids = {name: row["id"] for name, row in self.info["estimators"].items()}
         for unit in units:
-            made = {"unit": digest({"items": unit.items}), "estimators": ids}
+            made = made_of(unit, ids, self.config.image)
             if unit.index < len(begun) and begun[unit.index]:
                 name = shard_name(unit.index)
                 recover(self.folder, name)
-                mark = read_mark(self.folder, name) if self.folder.exists(f"{name}.json") else None
-                if mark is not None and mark["made"] == made:
-                    self.tally.count(unit.index, mark["counts"], again=True)
-                    continue
+                mark = committed_mark(self.folder, name)
+                if mark is not None:
+                    if sentence := self.changes.look(name, mark["made"], made, unit.files):
+                        self.tally.say(sentence)
+                    if is_current(mark["made"], made):
+                        self.tally.count(unit.index, mark["counts"], again=True)
+                        continue
             yield Job(unit, made)
 
     def _start(self) -> "tuple[cluster.Pool, Callable[[], int] | None]":
@@ -290,6 +383,7 @@ class _Crew:
             source=self.source,
             image=self.config.image,
             members=tuple(self.info["members"]),
+            kind=kind_of(self.info),
             threads=staff.threads,
             window=self.config.run.window,
         )
@@ -309,10 +403,10 @@ def _close(folder: Folder, info: dict[str, Any], tally: _Tally) -> None:
         raise UserError(
             f"{folder}: the source gave no unit {tally.ok.index(-1)}, but later ones; they must be numbered 0, 1, 2, ..."
         )
-    if info["retries"]:
-        retries.remove_surplus(folder, tally.shards)
     if not tally.ok:
         raise UserError("the source has no inputs; check its path and its filters")
+    if surplus := retries.remove_surplus(folder, tally.shards):
+        tally.say(f"{surplus} shards were removed: the source has fewer inputs than before")
     ok = sum(tally.ok)
     totals = {
         "in": ok + tally.failed.total(),
@@ -321,7 +415,7 @@ def _close(folder: Folder, info: dict[str, Any], tally: _Tally) -> None:
         "shards": tally.ok.tolist(),
     }
     kind = _depth_kind(Dataset(folder, info))
-    write_info(folder, info | {"shards": tally.shards, "totals": totals, "depth_kind": kind})
+    update_info(folder, info | {"shards": tally.shards, "totals": totals, "depth_kind": kind})
     folder.sweep()
 
 

@@ -16,6 +16,8 @@ from extract.run.make_shard import Loaded, Progress, UnitWork, make_shard, probe
 from extract.sources import Failure, RawSample, Source, Unit
 from shards.core.errors import UserError
 from shards.core.storage import Folder
+from shards.marks import shard_name
+from shards.writer import committed_mark
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """Each worker computes with one thread on the CPU: results must not depend on how many cores there are."""
@@ -124,6 +126,11 @@ class Worker:
                 )
         self._progress = Progress()
         try:
+            done = committed_mark(self._folder, shard_name(unit.index))
+            if (
+                done is not None and done["made"] == made
+            ):  # by another run of the same command, since this one planned it
+                return Outcome(done["counts"], {})
             mark = make_shard(
                 self._folder,
                 unit,
@@ -133,6 +140,8 @@ class Worker:
                 skip=frozenset(skip),
                 progress=self._progress,
             )
+            if mark["made"] != made:  # a run that was refused meanwhile had won this commit before
+                return Outcome({}, {}, f"shard {mark['shard']} was committed by another run, with other settings")
         except UserError as error:
             return Outcome({}, {}, str(error))
         except DeviceLost as error:

@@ -33,18 +33,36 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class InputFile:
+    """A file that a unit is made from, as it was when the unit was planned."""
+
+    name: str
+    """As messages name it."""
+    size: int = -1
+    """In bytes; -1 if the file is not there, or its size is not known."""
+    tag: str = ""
+    """What tells two contents of one size apart, where that costs little: an object store's etag, a digest of both ends of
+    the file. Never a time of change."""
+
+
+@dataclass(frozen=True)
 class Unit:
     """The inputs of one output shard: small and picklable. Only the source that made it knows what `items` are."""
 
     index: int
     items: Any
+    files: tuple[InputFile, ...] = ()
+    """The files that it is made from, in an order of the source's own; a unit is made again when one of them changes."""
 
 
 class Source(Protocol):
     """A source of image-text pairs. Small and picklable itself: every worker gets a copy."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the source, as JSON; equal descriptions mean equal units."""
+        """What identifies the source, as JSON; equal descriptions mean equal units.
+
+        Under the names of extract.run.inputs.CONTENT stands what may change while the source stays the same.
+        """
         ...
 
     def total(self) -> int | None:

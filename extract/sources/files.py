@@ -1,12 +1,17 @@
 """Walking a folder and reading single files from it, local or at any fsspec URL, whatever hostile things lie there."""
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from extract.sources import InputFile
 from shards.core.storage import Folder
 
 IMAGE_SUFFIXES = frozenset(
@@ -17,6 +22,47 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 TEXT_SUFFIXES, JSON_SUFFIXES = (b".txt", b".TXT"), (b".json", b".JSON")
+
+
+_ENDS_BYTES = 1 << 16
+_ETAGS = (
+    "md5Hash",
+    "ETag",
+    "etag",
+    "blob_id",
+)  # of Google's store its etag changes with the metadata; its md5Hash does not
+
+
+def input_file(address: str, *, ends: bool = False) -> InputFile:
+    """A file by its address, with its size, and the etag that an object store keeps (not that of a web server, which is
+    mostly a time of change); of a local file, with `ends`, a digest of its first and last 64 KiB."""
+    fs, path = url_to_fs(address)
+    name = address.rsplit("/", 1)[-1]
+    try:
+        info = fs.info(path)
+        size = info.get("size")
+        size = -1 if size is None or info.get("type") == "directory" else int(size)
+        if isinstance(fs, LocalFileSystem):
+            return InputFile(name, size, _ends(path, size) if ends and size > 0 else "")
+    except OSError:
+        return InputFile(name)
+    of_the_web = "http" in (fs.protocol if isinstance(fs.protocol, str) else " ".join(fs.protocol))
+    tag = "" if of_the_web else next((str(info[key]) for key in _ETAGS if info.get(key)), "")
+    return InputFile(name, size, tag.strip('"'))
+
+
+def place_of(*addresses: str) -> str:
+    """A digest of absolute addresses, which tells a source that was moved from one that changed where it is."""
+    absolute = [address if "://" in address else str(Path(address).absolute()) for address in addresses]
+    return hashlib.sha256("\0".join(absolute).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _ends(path: str, size: int) -> str:
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256(file.read(_ENDS_BYTES))
+        file.seek(max(_ENDS_BYTES, size - _ENDS_BYTES))
+        digest.update(file.read(_ENDS_BYTES))
+    return digest.hexdigest()[:16]
 
 
 class ReadProblem(Exception):

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from extract.images.prepare import MAX_BYTES
-from extract.sources import Failure, RawSample, Unit
+from extract.sources import Failure, InputFile, RawSample, Unit
 from extract.sources.captions import (
     MAX_METADATA_BYTES,
     TABLE_SUFFIXES,
@@ -28,7 +28,7 @@ from extract.sources.captions import (
     caption_of_bytes,
     json_object,
 )
-from extract.sources.files import IMAGE_SUFFIXES, ReadProblem, read, show, split_suffix, walk
+from extract.sources.files import IMAGE_SUFFIXES, ReadProblem, place_of, read, show, split_suffix, walk
 from extract.sources.filters import Filters
 from shards.core.errors import UsageError
 from shards.core.storage import Folder
@@ -53,6 +53,13 @@ class Item(NamedTuple):
     row: str | None = None
     column: str | None = None
     problem: tuple[str, str] | None = None
+
+
+def _files(item: Item) -> Iterator[InputFile]:
+    """The files of an input that are there: the image, its text, its json."""
+    for path, size in zip((item.path, item.text, item.json), item.sizes, strict=True):
+        if path is not None and size >= 0:
+            yield InputFile(show(_unpack(path)), size)
 
 
 def _pack(path: bytes) -> str:
@@ -87,11 +94,20 @@ class FolderSource:
         return Folder(self.path)
 
     def describe(self) -> dict[str, Any]:
-        """The number of inputs, and a digest of the paths and sizes of all files that count and of the table."""
-        count, digest = self._listing
+        """The number of inputs; digests of their paths, of the paths and sizes of all files that count and of the table's
+        content, and of the folder's own address."""
+        count, digest, names = self._listing
         filters = json.loads(json.dumps(dataclasses.asdict(self.filters)))
         captions = self._table_name or self._captions
-        return {"kind": "folder", "captions": captions, "inputs": count, "listing": digest, "filters": filters}
+        return {
+            "kind": "folder",
+            "captions": captions,
+            "inputs": count,
+            "listing": digest,
+            "names": names,
+            "place": place_of(self.path),
+            "filters": filters,
+        }
 
     def total(self) -> int:
         return self._listing[0]
@@ -101,7 +117,7 @@ class FolderSource:
         items = islice(self._items(), limit)
         index = 0
         while batch := tuple(islice(items, shard_size)):
-            yield Unit(index, batch)
+            yield Unit(index, batch, tuple(file for item in batch for file in _files(item)))
             index += 1
 
     def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
@@ -117,17 +133,18 @@ class FolderSource:
     # ---- planning ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _listing(self) -> tuple[int, str]:
-        """How many items there are, and the digest of all that identifies them."""
-        digest, count = hashlib.sha256(), 0
+    def _listing(self) -> tuple[int, str, str]:
+        """How many items there are, the digest of all that identifies them, and that of their paths alone."""
+        digest, names, count = hashlib.sha256(), hashlib.sha256(), 0
         if self._table_name:
             with self._folder.open(self._table_name) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
         for item in self._items():
             digest.update(b"%s\0%d %d %d\n" % (_unpack(item.path), *item.sizes))
+            names.update(b"%s\0" % _unpack(item.path))
             count += 1
-        return count, digest.hexdigest()
+        return count, digest.hexdigest(), names.hexdigest()[:16]
 
     @cached_property
     def _table_name(self) -> str | None:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from extract.sources import Failure, RawSample, Unit
+from extract.sources import Failure, InputFile, RawSample, Unit
+from extract.sources.files import input_file
 from extract.sources.filters import Filters
 from extract.sources.values import OURS, arrow_rows, kept_fields
 from shards.core.errors import UsageError, UserError
+from shards.marks import digest
 
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "captions", "description", "title")
+_NAMED_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class HuggingFaceSource:
         fingerprint = getattr(self._data, "_fingerprint", None) if not self._is_stream() else None
         return {
             "kind": "huggingface",
+            "names": digest({"names": [file.name for file in self._files]})[:16],
             "dataset": self.dataset,
             "config": self.config,
             "split": self.split,
@@ -103,6 +108,40 @@ class HuggingFaceSource:
             "fingerprint": fingerprint,
             **({} if self.columns is None else {"columns": list(self.columns)}),
         }
+
+    @cached_property
+    def _files(self) -> list[InputFile]:
+        """The files of the dataset, as they are now; many small ones (images of an imagefolder) as one."""
+        import datasets
+
+        if self._is_saved and (cached := self._data.cache_files):
+            tag = str(self._data._fingerprint)  # set when the dataset was saved
+            return [dataclasses.replace(input_file(file["filename"]), tag=tag) for file in cached]
+        as_folder = Path(self.dataset).is_dir() and not any(Path(self.dataset).rglob("*.parquet"))
+        arguments: dict[str, Any] = {"data_dir": self.dataset} if as_folder else {"revision": self.revision}
+        path, config = ("imagefolder", None) if as_folder else (self.dataset, self.config)
+        try:
+            builder = datasets.load_dataset_builder(path, config, **arguments)
+            addresses = list((builder.config.data_files or {}).get(self.split) or ())
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"the files of the dataset {self.dataset!r} cannot be listed: {error}") from error
+        with ThreadPoolExecutor(16) as pool:
+            files = list(pool.map(input_file, map(str, addresses)))
+        if len(files) <= _NAMED_FILES:
+            return files
+        content = digest({"files": [dataclasses.astuple(file) for file in files]})[:16]
+        return [
+            InputFile(f"the {len(files)} files of {self.dataset}", sum(max(0, file.size) for file in files), content)
+        ]
+
+    @property
+    def _is_saved(self) -> bool:
+        path = Path(self.dataset)
+        return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+    def _files_of(self, index: int) -> tuple[InputFile, ...]:
+        """The file of one part of a stream, where parts are files; else all."""
+        return (self._files[index],) if len(self._files) == self._data.num_shards else tuple(self._files)
 
     def _is_stream(self) -> bool:
         import datasets
@@ -117,16 +156,18 @@ class HuggingFaceSource:
         if not self._is_stream():
             rows = len(self._data) if limit is None else min(limit, len(self._data))
             for index in range(math.ceil(rows / shard_size)):
-                yield Unit(index, {"start": index * shard_size, "stop": min((index + 1) * shard_size, rows)})
+                part = {"start": index * shard_size, "stop": min((index + 1) * shard_size, rows)}
+                yield Unit(index, part, tuple(self._files))
         elif limit is None:
-            yield from (Unit(index, {"file": index, "first": None}) for index in range(self._data.num_shards))
+            for index in range(self._data.num_shards):
+                yield Unit(index, {"file": index, "first": None}, self._files_of(index))
         else:
             left = limit
             for index in range(self._data.num_shards):
                 if left <= 0:
                     return
                 count = sum(row.num_rows for row in self._file(index).take(left))
-                yield Unit(index, {"file": index, "first": count})
+                yield Unit(index, {"file": index, "first": count}, self._files_of(index))
                 left -= count
 
     @cached_property

@@ -25,6 +25,9 @@ KINDS: dict[str, tuple[str, str, str]] = {
 }
 
 
+COMPRESSED_TARS = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz")
+
+
 def open_source(settings: Mapping[str, Any]) -> Source:
     """The source that a recipe's table [source] describes: `kind`, and the settings of that kind. Raises UsageError."""
     loaded = _load(settings)
@@ -57,6 +60,10 @@ def settings_of(data: str) -> dict[str, Any] | None:
     our own output): its tars. A folder with tables at its top and no image anywhere: URLs. Any other folder, and any other
     address with ://, is a folder of images.
     """
+    if data.lower().endswith(COMPRESSED_TARS):
+        raise UsageError(
+            f"{data} is compressed, and cannot be read from the middle; decompress it first: gzip -d, zstd -d"
+        )
     if data.endswith(".tar"):
         return {"kind": "tars", "tars": [data]}
     if data.endswith(TABLE_SUFFIXES):

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -24,13 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from extract.sources import Failure, RawSample, Unit
+from extract.sources import Failure, InputFile, RawSample, Unit
+from extract.sources.files import input_file
 from extract.sources.filters import Filters
-from extract.sources.foreign_tar import Member, scan
+from extract.sources.foreign_tar import Member, read_member, scan
+from extract.sources.tar_keys import Origin, TarKeys, are_apart, labels_of
 from extract.sources.values import parse_json_object
 from shards.core.errors import UsageError, UserError
+from shards.core.storage import Folder
 from shards.metadata import MAX_METADATA_BYTES, MetadataError
 from shards.sample import KEY, MAX_MEMBER_BYTES
+from shards.writer import committed_mark
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_SUFFIXES = ("txt", "caption")
@@ -38,6 +42,7 @@ CAPTION_FIELDS = ("caption", "text", "TEXT", "prompt")
 MAX_TEXT_BYTES = MAX_METADATA_BYTES
 """Captions and json above this are refused; they are read whole into memory."""
 _COUNTED_TARS = 10_000
+_LOOKED_UP = 64
 
 Where = dict[str, Member]
 """The members of one sample: suffix -> place."""
@@ -49,11 +54,14 @@ class TarSource:
 
     keys: "own" keeps the keys of the tars, which must then be unique over all of them; "prefixed" puts the tar's name
     before each; "auto" is "own" where a tar comes from img2dataset or from us, else "prefixed".
+    image_member: the member that is the image, such as "webp" or "original.jpg"; without it the one that has the suffix of
+    an image, and a sample that has several is a failure.
     filters: on the fields of a sample's json, and on its caption; applied before its image is read.
     """
 
     tars: tuple[str, ...]
     keys: str = "auto"
+    image_member: str | None = None
     filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
@@ -61,6 +69,8 @@ class TarSource:
             raise UsageError("source.tars is empty; name at least one tar, such as 'data/{00000..00099}.tar'")
         if self.keys not in ("auto", "own", "prefixed"):
             raise UsageError(f"source.keys = {self.keys!r} is not one of 'auto', 'own', 'prefixed'")
+        if self.image_member is not None and not self.image_member.strip("."):
+            raise UsageError("source.image_member is empty; give what follows the key's dot, such as 'jpg'")
 
     def addresses(self) -> list[str]:
         """The addresses of all tars, braces and globs resolved, sorted within each pattern. Raises UserError for none."""
@@ -81,13 +91,14 @@ class TarSource:
     def describe(self) -> dict[str, Any]:
         addresses = self.addresses()
         listing = "\n".join(addresses).encode()
-        return {
+        described = {
             "kind": "tars",
             "tars": len(addresses),
             "listing": hashlib.sha256(listing).hexdigest(),
             "keys": self.keys,
             "filters": json.loads(json.dumps(dataclasses.asdict(self.filters))),
         }
+        return described if self.image_member is None else {**described, "image_member": self.image_member}
 
     def total(self) -> int | None:
         """By the statistics that img2dataset writes beside its tars; without them only a scan of every tar would tell."""
@@ -100,29 +111,48 @@ class TarSource:
 
     def units(self, shard_size: int, limit: int | None = None) -> Iterator[Unit]:
         """One unit for each tar; `shard_size` does not apply. `limit` counts samples by scanning the tars' headers."""
+        addresses = self.addresses()
+        labels = self._labels(addresses)
         left = limit
-        for index, address in enumerate(self.addresses()):
-            if left is None:
-                yield Unit(index, {"tar": address, "first": None})
-            elif left > 0:
+        for index, (address, files) in enumerate(_with_files(addresses)):
+            items: dict[str, Any] = {"tar": address, "first": None}
+            if left is not None:
+                if left <= 0:
+                    return
                 count = _count(address)
-                yield Unit(index, {"tar": address, "first": min(left, count)})
+                items["first"] = min(left, count)
                 left -= count
+            if label := labels.get(address.rpartition("/")[0]):
+                items["label"] = label
+            yield Unit(index, items, files)
 
     def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
         """The samples of one tar in the order of their first members; then what img2dataset lists as failed."""
         address, first = unit.items["tar"], unit.items["first"]
-        outputs = self._read_tar(address)
+        outputs = self._read_tar(address, unit.items.get("label", ""))
         for number, output in enumerate(outputs):
             if first is not None and number >= first:
                 return
             yield output
 
-    def _read_tar(self, address: str) -> Iterator[RawSample | Failure]:
+    def _labels(self, addresses: Sequence[str]) -> Mapping[str, str]:
+        """What stands before the keys of each folder's tars, so that all keys differ: see extract.sources.tar_keys."""
+        if self.keys != "own" and are_apart(addresses):
+            return {}
+        with ThreadPoolExecutor(16) as pool:
+            origins = list(pool.map(_origin, addresses))
+        tars = [
+            TarKeys(address, self.keys == "own" or (self.keys == "auto" and origin != "other"), origin)
+            for address, origin in zip(addresses, origins, strict=True)
+        ]
+        return labels_of(tars, self.keys == "own", _names)
+
+    def _read_tar(self, address: str, label: str) -> Iterator[RawSample | Failure]:
         stem = address.rsplit("/", 1)[-1].removesuffix(".tar")
+        folder_label = f"{label}-" if label else ""
         rows, damage = _img2dataset_rows(address)
         own = self.keys == "own" or (self.keys == "auto" and (rows is not None or _is_ours(address)))
-        prefix = "" if own else f"{stem}-"
+        prefix = folder_label if own else f"{folder_label}{stem}-"
         arrived: set[str] = set()
         broken = f"{prefix}{stem}"  # the key under which damage of the tar is listed
         try:
@@ -135,7 +165,7 @@ class TarSource:
                     arrived.add(last)
                 for name, where in samples.items():
                     arrived.add(name)
-                    yield _read_sample(file, legal_key(prefix + name), where, self.filters)
+                    yield _read_sample(file, legal_key(prefix + name), where, self.filters, self.image_member)
         except OSError as error:
             problem = f"it cannot be read ({error})"
         if problem:
@@ -202,11 +232,19 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _samples(members: list[Member]) -> dict[str, list[tuple[str, Member]]]:
+    """The members by sample. Folders are none, unless they have the name of an image.
+
+    Where several archives stand in one file and have a sample of the same name, each has its own.
+    """
     samples: dict[str, list[tuple[str, Member]]] = {}
     for member in members:
         name, suffix = _split(member.name)
-        if suffix:
-            samples.setdefault(name.removeprefix("./"), []).append((suffix, member))
+        if not suffix or (member.is_folder and suffix not in IMAGE_SUFFIXES):
+            continue
+        name = name.removeprefix("./")
+        if any(s == suffix and other.archive != member.archive for s, other in samples.get(name, ())):
+            name = f"{name} (archive {member.archive + 1})"
+        samples.setdefault(name, []).append((suffix, member))
     return samples
 
 
@@ -221,7 +259,9 @@ def _count(address: str) -> int:
         return len(_samples(scan(file, size)[0])) + len(_img2dataset_rows(address)[0] or ())
 
 
-def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], filters: Filters) -> RawSample | Failure:
+def _read_sample(
+    file: IO[bytes], key: str, where: list[tuple[str, Member]], filters: Filters, image_member: str | None
+) -> RawSample | Failure:
     """One sample from the places of its members."""
 
     def failure(reason: str, message: str) -> Failure:
@@ -232,10 +272,20 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], fil
         if suffix in members:
             return failure("duplicate_member", f"the tar has two members {member.name!r}")
         members[suffix] = member
-    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+    images = _images_among(members, image_member)
     if not images:
-        return failure("no_image", f"its members are {', '.join(sorted(members))}; none is an image")
-    for suffix in (*images[:1], *(name for name in (*CAPTION_SUFFIXES, "json") if name in members)):
+        return failure("no_image", _no_image(members, image_member))
+    if len(images) > 1:
+        names = " and ".join(repr(members[suffix].name) for suffix in images)
+        return failure(
+            "several_images", f"both {names} may be its image; choose with source.image_member = {images[0]!r}"
+        )
+    for suffix in (*images, *(name for name in (*CAPTION_SUFFIXES, "json") if name in members)):
+        member = members[suffix]
+        if member.problem:
+            return failure(*member.problem)
+        if member.is_folder:
+            return failure("not_a_file", f"{member.name!r} is a folder, not a file")
         bound = MAX_MEMBER_BYTES if suffix == images[0] else MAX_TEXT_BYTES
         if members[suffix].size > bound:
             return failure(
@@ -243,8 +293,7 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], fil
             )
 
     def data(suffix: str) -> bytes:
-        file.seek(members[suffix].offset)
-        return file.read(members[suffix].size)
+        return read_member(file, members[suffix])
 
     meta: dict[str, Any] = {}
     if "json" in members:
@@ -265,6 +314,23 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], fil
     return RawSample(key, data(images[0]), caption, meta)
 
 
+def _images_among(members: Where, image_member: str | None) -> list[str]:
+    """The suffixes of the members that may be the image: the one that is asked for, or all that look like images."""
+    if image_member is None:
+        return [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+    suffix = image_member.strip(".").lower()
+    return [suffix] if suffix in members else []
+
+
+def _no_image(members: Where, image_member: str | None) -> str:
+    listed = f"its members are {', '.join(sorted(members))}"
+    if image_member is not None:
+        return f"{listed}; there is no {image_member!r}, which source.image_member asks for"
+    likely = next((suffix for suffix in sorted(members) if suffix.rpartition(".")[2] in IMAGE_SUFFIXES), None)
+    advice = f"; source.image_member = {likely!r} would take that one" if likely else ""
+    return f"{listed}; none is an image{advice}"
+
+
 def _caption_of(meta: Mapping[str, Any]) -> str:
     return next((meta[field] for field in CAPTION_FIELDS if isinstance(meta.get(field), str)), "")
 
@@ -275,7 +341,7 @@ def _caption_of(meta: Mapping[str, Any]) -> str:
 def _img2dataset_rows(address: str) -> tuple[list[dict[str, Any]] | None, str]:
     """key, status and error_message of every row of the table that img2dataset writes beside its tar, None without one; and
     what is wrong with it: an img2dataset that was killed leaves half of one."""
-    table_address = address.removesuffix(".tar") + ".parquet"
+    table_address = _table_beside(address)
     fs, path = url_to_fs(table_address)
     if not fs.exists(path):
         return None, ""
@@ -288,6 +354,21 @@ def _img2dataset_rows(address: str) -> tuple[list[dict[str, Any]] | None, str]:
         return [], f"{table_address} cannot be read, so what failed upstream is not known: {error}"
 
 
+def _with_files(addresses: Sequence[str]) -> Iterator[tuple[str, tuple[InputFile, ...]]]:
+    """Each tar with the files that its samples come from: itself, and the table beside it. Some are looked up at once, as
+    an object store takes its time for each."""
+    with ThreadPoolExecutor(16) as pool:
+        for start in range(0, len(addresses), _LOOKED_UP):
+            group = addresses[start : start + _LOOKED_UP]
+            tars = pool.map(lambda address: input_file(address, ends=True), group)
+            tables = pool.map(lambda address: input_file(_table_beside(address)), group)
+            yield from zip(group, zip(tars, tables, strict=True), strict=True)
+
+
+def _table_beside(address: str) -> str:
+    return address.removesuffix(".tar") + ".parquet"
+
+
 def _stated_count(address: str) -> int | None:
     """How many rows img2dataset says that it tried for a tar; None if it does not say."""
     fs, path = url_to_fs(address.removesuffix(".tar") + "_stats.json")
@@ -296,6 +377,29 @@ def _stated_count(address: str) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return count if isinstance(count, int) and count >= 0 else None
+
+
+def _origin(address: str) -> Origin:
+    """Who wrote a tar, as far as what lies beside it tells."""
+    fs, path = url_to_fs(_table_beside(address))
+    if fs.exists(path):
+        return "img2dataset"
+    return "ours" if _is_ours(address) else "other"
+
+
+def _names(tar: TarKeys) -> list[str]:
+    """The names of a tar's samples, from the table or mark beside it, else from its headers; [] if it cannot be read."""
+    try:
+        if tar.origin == "img2dataset":
+            return [str(row["key"]) for row in _img2dataset_rows(tar.address)[0] or ()]
+        if tar.origin == "ours":
+            folder, _, name = tar.address.rpartition("/")
+            if (mark := committed_mark(Folder(folder or "."), name.removesuffix(".tar"))) is not None:
+                return list(mark["index"])
+        with _open(tar.address) as (file, size):
+            return list(_samples(scan(file, size)[0]))
+    except (OSError, UserError):
+        return []  # a failure of its own, when its turn comes
 
 
 def _is_ours(address: str) -> bool:

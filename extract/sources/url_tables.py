@@ -5,6 +5,7 @@ file by its number and the byte where the range that it belongs to starts, which
 """
 
 import csv
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from extract.sources import InputFile
 from extract.sources.filters import Column
 from extract.sources.tars import expand_braces
 from extract.sources.values import arrow_rows, json_value, parse_json_object, within_limits
@@ -130,6 +132,18 @@ class Table:
 
     def _own_header(self, lines: "_Lines") -> list[str]:
         return next((fields for fields in self._reader(lines) if isinstance(fields, list)), [])
+
+    @cached_property
+    def file(self) -> InputFile:
+        """The table as an input: its size, and a digest of its last 64 KiB."""
+        size, digest = self.size_and_digest
+        return InputFile(self.address.rsplit("/", 1)[-1], size, digest[:16])
+
+    @cached_property
+    def size_and_digest(self) -> tuple[int, str]:
+        """The file's size, and the sha256 of its last 64 KiB."""
+        size, tail = self.size_and_tail()
+        return size, hashlib.sha256(tail).hexdigest()
 
     def size_and_tail(self) -> tuple[int, bytes]:
         """The file's size (-1 if unknown) and its last 64 KiB: of a parquet file its footer, which describes the rest."""

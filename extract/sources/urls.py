@@ -26,9 +26,9 @@ import numpy as np
 from extract.download.downloader import Batch, Downloaded, Downloader, DownloadSettings
 from extract.download.responses import DownloadProblem
 from extract.reasons import REASONS
-from extract.sources import Failure, RawSample, Unit
+from extract.sources import Failure, InputFile, RawSample, Unit
 from extract.sources.captions import checked_caption
-from extract.sources.files import ReadProblem
+from extract.sources.files import ReadProblem, place_of
 from extract.sources.filters import Column, Filters, listed
 from extract.sources.url_tables import Cut, Table, find_tables, read_errors
 from extract.sources.values import kept_fields
@@ -118,17 +118,25 @@ class UrlSource:
         """The names, sizes and last 64 KiB of all tables as one digest, and the settings that choose rows."""
         digest, size = hashlib.sha256(), 0
         with ThreadPoolExecutor(16) as pool:
-            for table, (table_size, tail) in zip(
-                self._tables, pool.map(Table.size_and_tail, self._tables), strict=True
-            ):
+            known = pool.map(lambda table: table.size_and_digest, self._tables)
+            for table, (table_size, tail) in zip(self._tables, known, strict=True):
                 name = table.address.rsplit("/", 1)[-1]
-                digest.update(f"{name}\0{table_size}\0{hashlib.sha256(tail).hexdigest()}\n".encode())
+                digest.update(f"{name}\0{table_size}\0{tail}\n".encode())
                 size += max(0, table_size)
         settings = json.loads(json.dumps(dataclasses.asdict(self)))  # with lists, as dataset.json gives them back
         del settings["tables"], settings["download"]
         if self.columns is None:
             del settings["columns"]  # as in datasets from before there was this setting
-        return {"kind": "urls", "tables": len(self._tables), "bytes": size, "listing": digest.hexdigest(), **settings}
+        names = "\0".join(table.address.rsplit("/", 1)[-1] for table in self._tables)
+        return {
+            "kind": "urls",
+            "tables": len(self._tables),
+            "bytes": size,
+            "listing": digest.hexdigest(),
+            "names": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+            "place": place_of(*(table.address for table in self._tables)),
+            **settings,
+        }
 
     def total(self) -> int | None:
         """The number of rows; None if text tables of more than 256 MiB would have to be read to know it."""
@@ -157,13 +165,13 @@ class UrlSource:
                     ranges.append(Range(number, table.address, cut, repeated))
                     room -= cut.stop - cut.start
                 if ranges and (room == 0 or left == 0):
-                    yield Unit(index, tuple(ranges))
+                    yield Unit(index, tuple(ranges), self._files(ranges))
                     index, room, ranges = index + 1, shard_size, []
                 if left == 0:
                     return
             before += rows
         if ranges:
-            yield Unit(index, tuple(ranges))
+            yield Unit(index, tuple(ranges), self._files(ranges))
 
     def again(self, keys: Iterable[str], shard_size: int, first_index: int) -> Iterator[Unit]:
         """Units of these rows alone, in the order of the tables, for another attempt at what failed. Raises UsageError."""
@@ -193,7 +201,10 @@ class UrlSource:
                     cut = following
                 only = tuple(row - cut.start for row in wanted)
                 ranges.append(Range(number, table.address, cut._replace(stop=wanted[-1] + 1), (), only))
-            yield Unit(index, tuple(ranges))
+            yield Unit(index, tuple(ranges), self._files(ranges))
+
+    def _files(self, ranges: Iterable[Range]) -> tuple[InputFile, ...]:
+        return tuple(self._tables[number].file for number in dict.fromkeys(part.table for part in ranges))
 
     def _repeats(self, limit: int | None) -> dict[str, Repeats]:
         """For each column of `distinct`, which of the first `limit` rows repeat an earlier one that passes the filters."""

@@ -2,14 +2,18 @@
 
 import contextlib
 import errno
+import inspect
 import os
+import random
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -17,6 +21,8 @@ from shards.core.errors import UserError
 
 WRITING = ".writing"
 """The subfolder for files on their way to their final name."""
+CLAIM_S = 30.0
+"""How long a claim may stand without its file; see _Claim."""
 
 
 class Folder:
@@ -108,9 +114,15 @@ class Folder:
             _sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a file only if there is none of this name; False if there is. Of several writers exactly one wins."""
+        """Writes a file only if there is none of this name; False if there is. Of several writers exactly one wins.
+
+        On a local disk by a hard link, in stores with conditional writes (S3's If-None-Match) by one of these; elsewhere by
+        a claim (below), by which at most one writer wins.
+        """
         with self.explained(name, "write"):
             if self.local_path is None:
+                if not _puts_conditionally(self.fs):
+                    return _Claim(self, name).create(data)
                 try:
                     self.fs.pipe_file(self._full(name), data, mode="create")
                 except FileExistsError:
@@ -161,6 +173,68 @@ class Folder:
         for name in self.list():
             if name.startswith(".") and name.endswith(".tmp"):
                 self.remove(name)
+
+
+class _Claim:
+    """Exclusive creation in a store that has plain reads and writes only, if readers see what was written before.
+
+    A writer puts its token into one file, looks for a second, writes that, and wins if the first still holds its token.
+    However the steps of several writers mix, at most one wins; it may be that none does. A claim that stands without its
+    file for CLAIM_S is that of a writer which died, or of several which stopped each other, and is cleared. This is where
+    the guarantee ends: a writer that sleeps for longer between two of its steps may then be a second winner.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+        stem = name.rsplit("/", 1)[-1]
+        self._holder, self._taken = f"{WRITING}/{stem}.claim", f"{WRITING}/{stem}.claimed"
+
+    def create(self, data: bytes) -> bool:
+        folder, begin = self._folder, time.monotonic()
+        folder.make(WRITING)
+        while not self._exists(self._name):
+            if self._won():
+                if self._exists(self._name):
+                    break
+                folder.write(self._name, data)
+                self._clear()
+                return True
+            if time.monotonic() - begin > CLAIM_S:
+                self._clear()
+                begin = time.monotonic()
+            time.sleep(random.uniform(0.2, 1.0) * CLAIM_S / 30)
+        return False
+
+    def _won(self) -> bool:
+        token = uuid.uuid4().hex.encode()
+        if self._exists(self._taken):
+            return False
+        self._folder.write(self._holder, token)
+        if self._exists(self._taken):
+            return False
+        self._folder.write(self._taken, token)
+        try:
+            return self._folder.read(self._holder) == token
+        except UserError:
+            return False
+
+    def _exists(self, name: str) -> bool:
+        self._folder.fs.invalidate_cache()  # what others wrote since the last listing counts
+        return self._folder.exists(name)
+
+    def _clear(self) -> None:
+        self._folder.remove(self._taken)
+        self._folder.remove(self._holder)
+
+
+def _puts_conditionally(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether a store's own code writes a file only if there is none; fsspec's general one looks first, and then writes."""
+    for name in ("_pipe_file", "pipe_file"):
+        method = getattr(type(fs), name, None)
+        general = (getattr(fsspec.AbstractFileSystem, name, None), getattr(AsyncFileSystem, name, None))
+        if method is not None and method not in general and "mode" in inspect.signature(method).parameters:
+            return True
+    return False
 
 
 def _write_to_disk(path: Path, data: bytes) -> None:
