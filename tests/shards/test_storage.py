@@ -4,9 +4,13 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from shards.core import storage
 from shards.core.errors import UserError
 from shards.core.storage import WRITING, Folder
 
@@ -100,3 +104,50 @@ def test_publishing_twice_is_harmless_but_publishing_nothing_is_an_error(tmp_pat
         assert folder.read("to") == b"x"
         with pytest.raises(UserError, match="no such file"):
             folder.publish("never", "nowhere")
+
+
+class PlainStore(MemoryFileSystem):
+    """A store that only reads and writes: fsspec knows no exclusive creation for it."""
+
+    protocol = "plain"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    def pipe_file(self, path: str, value: bytes, **options: object) -> None:
+        MemoryFileSystem.pipe_file(self, path, value)
+
+
+def test_of_many_writers_exactly_one_wins_in_a_store_without_conditional_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fsspec.register_implementation("plain", PlainStore, clobber=True)
+    monkeypatch.setattr(storage, "CLAIM_S", 0.5)
+    assert storage._puts_conditionally(fsspec.filesystem("memory"))
+    assert not storage._puts_conditionally(fsspec.filesystem("plain"))
+    for number in range(5):
+        folder, wins = Folder(f"plain://bucket/{number}"), []
+        barrier = threading.Barrier(4)
+
+        def create(
+            text: bytes, folder: Folder = folder, barrier: threading.Barrier = barrier, wins: list = wins
+        ) -> None:
+            barrier.wait()
+            if folder.create("name", text):
+                wins.append(text)
+
+        threads = [threading.Thread(target=create, args=(b"%d" % i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(wins) == 1 and folder.read("name") == wins[0]
+        assert not folder.create("name", b"late")
+
+
+def test_the_claim_of_a_writer_that_died_is_cleared_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("plain", PlainStore, clobber=True)
+    monkeypatch.setattr(storage, "CLAIM_S", 0.2)
+    folder = Folder("plain://bucket/died")
+    folder.write(f"{WRITING}/name.claim", b"token")
+    folder.write(f"{WRITING}/name.claimed", b"token")
+    assert folder.create("name", b"x") and folder.read("name") == b"x"
