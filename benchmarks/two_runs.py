@@ -83,7 +83,7 @@ def faults_of(out: Path) -> list[str]:
 def _by_processes(out: Path, settings: list[dict[str, Any]], offset_s: float) -> list[str]:
     # Both runs are forked from a process that has imported everything, which takes longer than a run.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.two_runs", "extract.workers.cluster"])
+    context.set_forkserver_preload(["extract.run.run", "extract.workers.cluster", "shards.inspect.verify"])
     answers: list[Any] = [context.SimpleQueue() for _ in settings]
     start = time.monotonic() + 1.0
     processes = [
