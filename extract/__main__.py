@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from shards.core import cli
 from shards.core.errors import UsageError
@@ -149,12 +150,12 @@ def _print_summary(summary: Any) -> None:
     from extract.reasons import is_passing
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("dataset", summary.out)
+    table.add_row("dataset", Text(cli.printable(summary.out)))
     stand = summary.stand
     table.add_row("samples", f"{stand.ok} of {stand.inputs} inputs, in {summary.shards} shards")
     for name, reasons in (("left out", stand.dropped), ("failed", stand.failed)):
         for reason, count in reasons.most_common():
-            table.add_row(name, f"{count} x {reason}")
+            table.add_row(name, Text(cli.printable(f"{count} x {reason}")))
     if passing := sum(count for reason, count in stand.failed.items() if is_passing(reason)):
         table.add_row("", f"{passing} of the failures may pass: --retry-failed tries them again")
     if summary.made:

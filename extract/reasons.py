@@ -29,14 +29,18 @@ REASONS: dict[str, Reason] = {
     "not_a_file": Reason("read", "a folder, pipe, socket or device with the name of an image"),
     "unreadable": Reason("read", "the operating system or the object store refused to read the file", passing=True),
     "too_many_bytes": Reason("read", "the file is larger than max_bytes"),
-    "bad_row": Reason("read", "a row of the table that cannot be read, or that names no file"),
+    "bad_row": Reason(
+        "read", "a row of the table that cannot be read, names no file, or has metadata beyond the limits"
+    ),
     "duplicate_row": Reason(
         "read", "a second row of the table for a file that an earlier row captions; the first one counts"
     ),
     "caption_unreadable": Reason("read", "the caption file is not an ordinary file, or it cannot be read"),
     "caption_not_utf8": Reason("read", "the caption is not UTF-8 text, or has NUL characters in it"),
     "caption_too_long": Reason("read", "the caption has more bytes than max_caption_bytes"),
-    "bad_metadata": Reason("read", "the .json beside the image is not a JSON object, or its caption is not text"),
+    "bad_metadata": Reason(
+        "read", "the sample's .json is no JSON object or beyond the limits of metadata, or its caption is not text"
+    ),
     "no_image": Reason("read", "a sample of a tar or dataset that has no image"),
     "forgotten": Reason("read", "removed on request, by `python -m shards forget`; it never comes back"),
     "several_images": Reason(

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shards.core.cli import DebugOption, new_app, run
+from shards.core.cli import DebugOption, new_app, printable, run
+
+if TYPE_CHECKING:
+    from shards.sample import Sample
 
 app = new_app(
     "Looks at and looks after datasets of images with depth, normals, segments and line drawings.\n\n"
@@ -38,10 +41,10 @@ def verify(
         task = bar.add_task("verifying", total=None)
         report = check(url, quick, lambda done, total: bar.update(task, completed=done, total=total))
     for problem in report.problems:
-        print(_one_line(problem))
+        print(printable(problem))
     if report.problems:
         count = len(report.problems)
-        print(f"error: {count} problem{'s' if count > 1 else ''} found in {url}", file=sys.stderr)
+        print(f"error: {count} problem{'s' if count > 1 else ''} found in {printable(url)}", file=sys.stderr)
         raise SystemExit(1)
     counts = report.counts
     print(
@@ -88,10 +91,10 @@ def show(
     from shards.inspect.display import sheet
 
     sample = Dataset.open(url).read(key)
-    print(_one_line(sample.caption))
-    print(json.dumps(sample.meta, indent=1))
+    print(printable(sample.caption))
+    print(_shown(sample))
     for name, data in sample.members.items():
-        print(f"{key}.{name}  {len(data):,} bytes")
+        print(printable(f"{key}.{name}  {len(data):,} bytes"))
     if save is not None:
         from shards.core.storage import Folder
 
@@ -139,10 +142,10 @@ def list_(
         if keys:
             from shards.inspect.stats import by_place
 
-            print(*map(_one_line, by_place(mark)), sep="\n", end="\n" if mark["index"] else "")
+            print(*map(printable, by_place(mark)), sep="\n", end="\n" if mark["index"] else "")
         elif failures:
             for line in dataset.failures(mark["shard"]):
-                print(*(_one_line(line[name]) for name in ("key", "stage", "reason", "message")), sep="\t")
+                print(*(printable(line[name]) for name in ("key", "stage", "reason", "message")), sep="\t")
         else:
             counts = mark["counts"]
             print(mark["shard"], counts["ok"], sum(counts["failed"].values()), mark["tar"]["size"], sep="\t")
@@ -245,10 +248,10 @@ def select(
         )
     dropped = sum(found.dropped.values())
     print(
-        f"{len(found.groups) - dropped:,} of {len(found.groups):,} samples meet {' and '.join(map(_one_line, where))}"
+        f"{len(found.groups) - dropped:,} of {len(found.groups):,} samples meet {' and '.join(map(printable, where))}"
     )
     for reason, count in found.dropped.items():
-        print(f"{count:12,}  {_one_line(reason)}")
+        print(f"{count:12,}  {printable(reason)}")
 
 
 def _bar(text: str) -> Progress:
@@ -258,9 +261,14 @@ def _bar(text: str) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _one_line(text: str) -> str:
-    """Text of a dataset as one line without control characters, so that it cannot drive the terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def _shown(sample: "Sample") -> str:
+    """The metadata of a sample, in lines."""
+    from shards.sample import SampleError
+
+    try:
+        return printable(json.dumps(sample.meta, indent=1), lines=True)
+    except RecursionError as error:
+        raise SampleError(f"the json of sample {sample.key} is nested too deep to be shown") from error
 
 
 def _png(picture: object) -> bytes:

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shards.core.errors import UserError
 from shards.core.storage import Folder
-from shards.marks import DATASET, VERSION, seal, unseal
-from shards.sample import MAX_MEMBER_BYTES, Sample, SampleError
+from shards.intrinsics import DEPTH_KINDS
+from shards.marks import DATASET, VERSION, MarkError, is_count, mark_faults, seal, shortened, unseal
+from shards.sample import IMAGE_MEMBERS, MAX_MEMBER_BYTES, Sample, SampleError, member_names
 from shards.tar import read_samples
 from shards.writer import read_mark
 
@@ -22,12 +23,18 @@ class Dataset:
         """The content of dataset.json."""
 
     @classmethod
-    def open(cls, url: str) -> "Dataset":
-        """Opens the dataset at `url`. Raises UserError when there is none, MarkError when dataset.json is damaged."""
+    def open(cls, url: str, *, checked: bool = True) -> "Dataset":
+        """Opens the dataset at `url`. Raises UserError when there is none, MarkError when dataset.json is damaged.
+
+        checked: False leaves out whether its fields, too, are what they must be.
+        """
         folder = Folder(url)
         if not folder.exists(DATASET):
             raise UserError(f"{url} holds no dataset (no {DATASET}); name the folder that `python -m extract` wrote")
-        return cls(folder, unseal(folder.read(DATASET), folder.address(DATASET)))
+        info = unseal(folder.read(DATASET), folder.address(DATASET))
+        for fault in info_faults(info) if checked else ():
+            raise MarkError(f"{folder.address(DATASET)}: {fault}; run `python -m shards verify {url}`")
+        return cls(folder, info)
 
     @property
     def members(self) -> list[str]:
@@ -46,7 +53,11 @@ class Dataset:
 
     def mark(self, shard: str) -> dict[str, Any]:
         """The commit mark of one shard. Raises MarkError when it is damaged."""
-        return read_mark(self.folder, shard)
+        mark = read_mark(self.folder, shard)
+        for fault in mark_faults(mark):  # its checksum fits, but a crafted one may hold anything
+            address = self.folder.address(f"{shard}.json")
+            raise MarkError(f"{address}: {fault}; run `python -m shards verify {self.folder.url}`")
+        return mark
 
     def marks(self) -> Iterator[dict[str, Any]]:
         """The marks of all committed shards, in order, one at a time."""
@@ -101,9 +112,46 @@ class Dataset:
                 failure = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{address} line {number} is damaged: {error}") from error
-            if not isinstance(failure, dict) or set(failure) != {"key", "stage", "reason", "message"}:
+            texts = failure.values() if isinstance(failure, dict) else [None]
+            if set(failure) != {"key", "stage", "reason", "message"} or not all(
+                isinstance(text, str) for text in texts
+            ):
                 raise UserError(f"{address} line {number} is damaged: it is no failure")
             yield failure
+
+
+def info_faults(info: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps dataset.json from being used at all, although its checksum fits."""
+    missing = [name for name in ("members", "image", "estimators", "shards", "totals") if name not in info]
+    if missing:
+        yield f"the field {missing[0]!r} is missing, as if another version had written it"
+        return
+    members, image = info["members"], info["image"]
+    if not isinstance(info["estimators"], dict):
+        yield "estimators is no object"
+    elif image not in IMAGE_MEMBERS:
+        yield f"image is {image!r}; it must be one of {', '.join(IMAGE_MEMBERS)}"
+    elif not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+        yield "members is no list of names"
+    else:
+        names = tuple(name.removesuffix(".png") for name in members)
+        if members != member_names(image, names, members):
+            yield f"members are {members}; they must be {member_names(image, names, members)}"
+        if "depth.png" in members and info.get("depth_kind") not in DEPTH_KINDS:
+            yield f"depth_kind is {info.get('depth_kind')!r}; it must be one of {DEPTH_KINDS}"
+    retries = info.get("retries") or []
+    if not isinstance(retries, list) or not all(map(_is_round, retries)):
+        yield "retries is no list of rounds, each with its first shard and the reasons that were tried again"
+    if (info["shards"] is None) != (info["totals"] is None):
+        yield "only one of shards and totals is null"
+    elif info["shards"] is not None and not is_count(info["shards"]):
+        yield f"shards is {shortened(info['shards'])}, which is no number of shards"
+
+
+def _is_round(value: Any) -> bool:
+    """Whether this is a round of `extract --retry-failed`, as dataset.json describes it."""
+    reasons = value.get("reasons") if isinstance(value, dict) else None
+    return isinstance(reasons, list) and all(isinstance(name, str) for name in reasons) and is_count(value.get("first"))
 
 
 def _is_mark(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shards.core.errors import UserError
@@ -53,3 +53,42 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     if not whole:
         raise MarkError(f"{name} is damaged: its checksum does not fit; make the dataset again with the same command")
     return document
+
+
+# ---- what a crafted file may hold, although its checksum fits ---------------------------------------------------------
+
+
+def mark_faults(mark: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong inside a mark whose checksum fits."""
+    counts, index = mark.get("counts"), mark.get("index")
+    for name in ("tar", "failures"):
+        stated = mark.get(name)
+        if not (isinstance(stated, dict) and isinstance(stated.get("sha256"), str) and is_count(stated.get("size"))):
+            yield f"the field {name!r} does not state a sha256 and a size"
+    if not (isinstance(counts, dict) and is_count(counts.get("in")) and is_count(counts.get("ok"))
+            and isinstance(counts.get("failed"), dict) and all(map(is_count, counts["failed"].values()))):  # fmt: skip
+        yield "the field 'counts' does not state in, ok and failed"
+    elif counts["in"] != counts["ok"] + sum(counts["failed"].values()):
+        yield f"the counts do not add up: in is {counts['in']}, ok {counts['ok']}, failed {shortened(counts['failed'])}"
+    elif isinstance(index, dict) and counts["ok"] != len(index):
+        yield f"counts.ok is {counts['ok']}, but the index has {len(index)} samples"
+    places = index.values() if isinstance(index, dict) else [None]
+    if not all(isinstance(place, dict) and place and all(map(_is_place, place.values())) for place in places):
+        yield "the field 'index' does not state an offset and a size for each member"
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is a number of things."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_place(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(is_count(number) and number < 1 << 63 for number in value)
+    )
+
+
+def shortened(value: Any) -> str:
+    """A value of a file in an error message."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 300 else text[:300] + "..."

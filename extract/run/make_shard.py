@@ -29,6 +29,7 @@ from shards.edit.forget import REASON as FORGOTTEN
 from shards.edit.forget import Forgotten, read_forgotten
 from shards.intrinsics import INTRINSICS, IntrinsicMap, MapError
 from shards.marks import shard_name
+from shards.metadata import MetadataError, check_metadata
 from shards.quality import quality_scores
 from shards.sample import Sample, SampleError, encode_meta
 from shards.writer import ShardWriter
@@ -229,11 +230,15 @@ def _decode(
         item.fail("read", FORGOTTEN, "removed on request")
     else:
         try:
+            # Before any work: what cannot be stored, or could not be read again, is no sample.
+            check_metadata({name: value for name, value in output.meta.items() if name != "intrinsics"})
             with progress.timed("decode_s"):
                 item.prepared = prepare(output.image, work.image, decoded=work.makes_maps)
             item.sample = dataclasses.replace(output, image=b"")  # the source's bytes are not needed any more
         except ImageProblem as problem:
             item.fail("decode", problem.reason, problem.message)
+        except MetadataError as error:
+            item.fail("read", "bad_metadata", f"its metadata cannot be kept: {error}")
     return item
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from shards.core.cli import printable
+
 LINE_EVERY_S = 30
 
 
@@ -75,4 +77,4 @@ class Reporter:
 
     def say(self, sentence: str) -> None:
         """A line above the bar."""
-        self._console.print(sentence, style="yellow", highlight=False)
+        self._console.print(printable(sentence), style="yellow", markup=False, highlight=False)

@@ -30,6 +30,7 @@ from extract.sources.captions import (
 )
 from extract.sources.files import IMAGE_SUFFIXES, ReadProblem, place_of, read, show, split_suffix, walk
 from extract.sources.filters import Filters
+from extract.sources.values import with_kept_fields
 from shards.core.errors import UsageError
 from shards.core.storage import Folder
 
@@ -78,6 +79,7 @@ class FolderSource:
         one table at the folder's top if there is one, else "beside".
     file_column, caption_column: of the table, or the caption's field of the .json; found by usual names if not given.
     max_bytes, max_caption_bytes: larger images and longer captions are failures.
+    columns: the fields of the table or of the .json that are kept; None for all.
     filters: on the fields of the table or of the .json, and on the caption; applied before an image is read.
     """
 
@@ -87,6 +89,7 @@ class FolderSource:
     caption_column: str | None = None
     max_bytes: int = MAX_BYTES
     max_caption_bytes: int = MAX_CAPTION_BYTES
+    columns: tuple[str, ...] | None = None
     filters: Filters = field(default_factory=Filters)
 
     @property
@@ -99,7 +102,7 @@ class FolderSource:
         count, digest, names = self._listing
         filters = json.loads(json.dumps(dataclasses.asdict(self.filters)))
         captions = self._table_name or self._captions
-        return {
+        described = {
             "kind": "folder",
             "captions": captions,
             "inputs": count,
@@ -108,6 +111,7 @@ class FolderSource:
             "place": place_of(self.path),
             "filters": filters,
         }
+        return described if self.columns is None else {**described, "columns": list(self.columns)}
 
     def total(self) -> int:
         return self._listing[0]
@@ -126,7 +130,7 @@ class FolderSource:
         for item in unit.items:
             key = key_of(_unpack(item.path))
             try:
-                yield self._read(folder, key, item)
+                yield with_kept_fields(self._read(folder, key, item), self.columns, always=("file",))
             except ReadProblem as problem:
                 yield Failure(key, "read", problem.reason, problem.message)
 

@@ -29,9 +29,10 @@ from extract.sources.files import input_file
 from extract.sources.filters import Filters
 from extract.sources.foreign_tar import Member, read_member, scan
 from extract.sources.tar_keys import Origin, TarKeys, are_apart, labels_of
-from extract.sources.values import parse_json_object
+from extract.sources.values import parse_json_object, with_kept_fields
 from shards.core.errors import UsageError, UserError
 from shards.core.storage import Folder
+from shards.dataset import Dataset
 from shards.metadata import MAX_METADATA_BYTES, MetadataError
 from shards.sample import KEY, MAX_MEMBER_BYTES
 from shards.writer import committed_mark
@@ -56,12 +57,14 @@ class TarSource:
     before each; "auto" is "own" where a tar comes from img2dataset or from us, else "prefixed".
     image_member: the member that is the image, such as "webp" or "original.jpg"; without it the one that has the suffix of
     an image, and a sample that has several is a failure.
+    columns: the fields of the json that are kept; None for all.
     filters: on the fields of a sample's json, and on its caption; applied before its image is read.
     """
 
     tars: tuple[str, ...]
     keys: str = "auto"
     image_member: str | None = None
+    columns: tuple[str, ...] | None = None
     filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,7 @@ class TarSource:
             "listing": hashlib.sha256(listing).hexdigest(),
             "keys": self.keys,
             "filters": json.loads(json.dumps(dataclasses.asdict(self.filters))),
+            **({} if self.columns is None else {"columns": list(self.columns)}),
         }
         return described if self.image_member is None else {**described, "image_member": self.image_member}
 
@@ -130,10 +134,11 @@ class TarSource:
         """The samples of one tar in the order of their first members; then what img2dataset lists as failed."""
         address, first = unit.items["tar"], unit.items["first"]
         outputs = self._read_tar(address, unit.items.get("label", ""))
+        ours = is_shard_of_ours(address)  # its maps are kept, and what we noted of its images
         for number, output in enumerate(outputs):
             if first is not None and number >= first:
                 return
-            yield output
+            yield output if ours and self.columns is None else with_kept_fields(output, self.columns)
 
     def _labels(self, addresses: Sequence[str]) -> Mapping[str, str]:
         """What stands before the keys of each folder's tars, so that all keys differ: see extract.sources.tar_keys."""
@@ -406,3 +411,16 @@ def _is_ours(address: str) -> bool:
     folder, _, name = address.rpartition("/")
     fs, path = url_to_fs(f"{folder or '.'}/dataset.json")
     return bool(fs.exists(path)) and name.removesuffix(".tar").isdigit()
+
+
+def is_shard_of_ours(address: str) -> bool:
+    """Whether a tar is a shard of a dataset that we wrote: its mark and the dataset's description are whole, and fit it."""
+    folder, _, name = address.rpartition("/")
+    shard = name.removesuffix(".tar")
+    if not shard.isdigit():
+        return False
+    try:
+        dataset = Dataset.open(folder or ".")
+        return bool(dataset.mark(shard)["tar"]["size"] == dataset.folder.size(name))
+    except (UserError, KeyError, TypeError):
+        return False

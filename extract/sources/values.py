@@ -7,6 +7,7 @@ Columns of a table are converted as a whole. Where that fails, each cell has a w
 year 200000 or a time zone that nobody knows costs nothing but its own cell.
 """
 
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -18,7 +19,7 @@ import pathlib
 import re
 import uuid
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from extract.sources import Failure, RawSample
 from shards.metadata import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, MetadataError, check_metadata
 
 MAX_INT_BITS = 2048
@@ -435,3 +437,15 @@ def kept_fields(
                 free += "_"
         kept[free] = value
     return kept
+
+
+def with_kept_fields(
+    output: RawSample | Failure, columns: Collection[str] | None, always: tuple[str, ...] = ()
+) -> RawSample | Failure:
+    """A sample of a foreign source with the fields that are kept. always: those that we have added."""
+    if isinstance(output, Failure):
+        return output
+    kept = None if columns is None else {*columns, *always}
+    if kept is None and not OURS & output.meta.keys():
+        return output
+    return dataclasses.replace(output, meta=kept_fields(output.meta, kept, OURS))

@@ -24,7 +24,7 @@ URL_FIELDS = ("url", "URL", "image_url")
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.strip().encode()).hexdigest()
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shards.core.cli import printable
 from shards.counts import standing
 from shards.dataset import Dataset
-from shards.inspect.verify import info_faults, mark_faults
 from shards.intrinsics import DEPTH_FAR_M, DEPTH_NEAR_M, INTRINSICS, IntrinsicMap
-from shards.marks import DATASET, MarkError
 from shards.quality import EDGE_SCORES
 from shards.sample import Sample
 
@@ -33,7 +32,7 @@ _HIGH_IS_GOOD = {"depth_range", "segmented", *EDGE_SCORES}
 
 def spread(dataset: Dataset, count: int) -> Iterator[tuple[dict[str, Any], str]]:
     """Up to `count` samples, spread evenly over the dataset: (mark, key), in order. One mark in memory at a time."""
-    marks = [(mark["shard"], mark["counts"]["ok"]) for mark in _usable_marks(dataset)]
+    marks = [(mark["shard"], mark["counts"]["ok"]) for mark in dataset.marks()]
     ends = np.cumsum([ok for _, ok in marks], dtype=np.int64).tolist()
     total = ends[-1] if ends else 0
     wanted = [int(i * total / count) for i in range(count)] if count < total else list(range(total))
@@ -44,15 +43,6 @@ def spread(dataset: Dataset, count: int) -> Iterator[tuple[dict[str, Any], str]]
             mark = dataset.mark(marks[number][0])
             keys = by_place(mark)
         yield mark, keys[position - (ends[number] - marks[number][1])]
-
-
-def _usable_marks(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """All marks. Raises MarkError for one whose checksum fits but whose content does not, as a crafted one may."""
-    for mark in dataset.marks():
-        for fault in mark_faults(mark):
-            address = dataset.folder.address(f"{mark['shard']}.json")
-            raise MarkError(f"{address}: {fault}; run `python -m shards verify {dataset.folder.url}`")
-        yield mark
 
 
 def by_place(mark: Mapping[str, Any]) -> list[str]:
@@ -68,8 +58,6 @@ def stats(
     sample: how many samples are decoded (500 if None, 0 for none). progress is called with (decoded, to be decoded).
     """
     dataset = Dataset.open(url)
-    for fault in info_faults(dataset.info):
-        raise MarkError(f"{dataset.folder.address(DATASET)}: {fault}; run `python -m shards verify {url}`")
     result = _from_marks(dataset)
     wanted = min(DEFAULT_SAMPLE if sample is None else sample, result["counts"]["ok"])
     gather = _Gather()
@@ -85,7 +73,7 @@ def _from_marks(dataset: Dataset) -> dict[str, Any]:
 
     def marks() -> Iterator[dict[str, Any]]:
         nonlocal shards, tar_bytes
-        for mark in _usable_marks(dataset):
+        for mark in dataset.marks():
             shards += 1
             tar_bytes += mark["tar"]["size"]
             for places in mark["index"].values():
@@ -297,7 +285,7 @@ def render(figures: Mapping[str, Any]) -> RenderableType:
         head += (
             f"Figures from resolutions on are of {figures['decoded']:,} samples, spread evenly (--sample N for more).\n"
         )
-    parts: list[RenderableType] = [Text(head)]
+    parts: list[RenderableType] = [Text(printable(head, lines=True))]
     parts.append(_table("failures", ["reason", "inputs"], figures["failures"].items()))
     parts.append(_table("left out on purpose", ["reason", "inputs"], figures["drops"].items()))
     rows = [(name, size(share), size(figures["bytes"][name])) for name, share in figures["bytes_per_sample"].items()]
@@ -356,7 +344,7 @@ def _table(title: str, columns: list[str], rows: Any) -> Table:
     for index, column in enumerate(headed):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))
+        table.add_row(*(Text(printable(str(value))) for value in row))
     return table
 
 

@@ -18,14 +18,13 @@ import numpy as np
 
 from shards.core.errors import UserError
 from shards.core.storage import WRITING, Folder
-from shards.dataset import Dataset, add_counts
+from shards.dataset import Dataset, add_counts, info_faults
 from shards.edit.forget import FORGOTTEN, read_forgotten
 from shards.inspect.check import check_sample
-from shards.intrinsics import DEPTH_KINDS
-from shards.marks import DATASET, MarkError, shard_name
-from shards.sample import IMAGE_MEMBERS, Sample, SampleError, check_key, member_names
+from shards.marks import DATASET, MarkError, mark_faults, shard_name, shortened
+from shards.sample import Sample, SampleError, check_key
 from shards.tar import read_members
-from shards.writer import STAGES
+from shards.writer import STAGES, read_mark
 
 _PART = re.compile(r"(\d{6,})\.(tar|failed\.jsonl|json)\Z")
 _KNOWN = {DATASET, FORGOTTEN, WRITING, "gallery.html"}
@@ -63,7 +62,7 @@ def verify(
     progress is called with (shards checked, shards in all). Raises UserError only where there is no dataset.
     """
     try:
-        dataset = Dataset.open(url)
+        dataset = Dataset.open(url, checked=False)
     except MarkError as error:
         return Report([f"{error}; {_AGAIN}"])
     if faults := list(info_faults(dataset.info)):
@@ -86,42 +85,15 @@ def verify(
     counted = [{"counts": result.counts} for result in results if result.counts is not None]
     totals = add_counts(counted)
     if dataset.complete and len(counted) == len(shards) == dataset.info["shards"] and totals != dataset.info["totals"]:
-        problems.append(f"{DATASET}: totals are {_short(dataset.info['totals'])}, but the marks add up to {_short(totals)};"
-                        f" {_AGAIN}")  # fmt: skip
+        problems.append(
+            f"{DATASET}: totals are {shortened(dataset.info['totals'])}, but the marks add up to {shortened(totals)}; {_AGAIN}"
+        )
     size = sum(result.size for result in results)
     counts = {"shards": len(shards), **{name: totals[name] for name in ("in", "ok", "failed")}, "bytes": size}
     return Report(problems, counts)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def info_faults(info: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps dataset.json from being used at all, although its checksum fits."""
-    missing = [name for name in ("members", "image", "estimators", "shards", "totals") if name not in info]
-    if missing:
-        yield f"the field {missing[0]!r} is missing, as if another version had written it"
-        return
-    members, image = info["members"], info["image"]
-    if not isinstance(info["estimators"], dict):
-        yield "estimators is no object"
-    elif image not in IMAGE_MEMBERS:
-        yield f"image is {image!r}; it must be one of {', '.join(IMAGE_MEMBERS)}"
-    elif not isinstance(members, list) or not all(isinstance(name, str) for name in members):
-        yield "members is no list of names"
-    else:
-        names = tuple(name.removesuffix(".png") for name in members)
-        if members != member_names(image, names, members):
-            yield f"members are {members}; they must be {member_names(image, names, members)}"
-        if "depth.png" in members and info.get("depth_kind") not in DEPTH_KINDS:
-            yield f"depth_kind is {info.get('depth_kind')!r}; it must be one of {DEPTH_KINDS}"
-    retries = info.get("retries") or []
-    if not isinstance(retries, list) or not all(map(_is_round, retries)):
-        yield "retries is no list of rounds, each with its first shard and the reasons that were tried again"
-    if (info["shards"] is None) != (info["totals"] is None):
-        yield "only one of shards and totals is null"
-    elif info["shards"] is not None and not _is_count(info["shards"]):
-        yield f"shards is {_short(info['shards'])}, which is no number of shards"
 
 
 def _folder_faults(dataset: Dataset, files: list[str]) -> Iterator[str]:
@@ -180,7 +152,7 @@ def _doubled_keys(dataset: Dataset, shards: list[str], results: list[_Shard]) ->
 
 def _check_shard(dataset: Dataset, shard: str, quick: bool) -> _Shard:
     try:
-        mark = dataset.mark(shard)
+        mark = read_mark(dataset.folder, shard)
         if faults := list(mark_faults(mark)):
             return _Shard([f"{shard}.json: {fault}; {_REPAIR}" for fault in faults])
         problems = list(_failure_faults(dataset.folder, mark))
@@ -197,25 +169,6 @@ def _check_shard(dataset: Dataset, shard: str, quick: bool) -> _Shard:
     if more:
         problems.append(f"{shard}.tar has {more} more problems; {_REPAIR}")
     return result
-
-
-def mark_faults(mark: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong inside a mark whose checksum fits."""
-    counts, index = mark.get("counts"), mark.get("index")
-    for name in ("tar", "failures"):
-        stated = mark.get(name)
-        if not (isinstance(stated, dict) and isinstance(stated.get("sha256"), str) and _is_count(stated.get("size"))):
-            yield f"the field {name!r} does not state a sha256 and a size"
-    if not (isinstance(counts, dict) and _is_count(counts.get("in")) and _is_count(counts.get("ok"))
-            and isinstance(counts.get("failed"), dict) and all(map(_is_count, counts["failed"].values()))):  # fmt: skip
-        yield "the field 'counts' does not state in, ok and failed"
-    elif counts["in"] != counts["ok"] + sum(counts["failed"].values()):
-        yield f"the counts do not add up: in is {counts['in']}, ok {counts['ok']}, failed {_short(counts['failed'])}"
-    elif isinstance(index, dict) and counts["ok"] != len(index):
-        yield f"counts.ok is {counts['ok']}, but the index has {len(index)} samples"
-    places = index.values() if isinstance(index, dict) else [None]
-    if not all(isinstance(place, dict) and place and all(map(_is_place, place.values())) for place in places):
-        yield "the field 'index' does not state an offset and a size for each member"
 
 
 def _failure_faults(folder: Folder, mark: Mapping[str, Any]) -> Iterator[str]:
@@ -242,7 +195,7 @@ def _failure_faults(folder: Folder, mark: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name} line {number} names the stage {line['stage']!r}, not one of {STAGES}; {_REPAIR}"
     if dict(reasons) != mark["counts"]["failed"]:
         yield (
-            f"{name} lists the failures {_short(dict(reasons))}; the mark counts {_short(mark['counts']['failed'])}; "
+            f"{name} lists the failures {shortened(dict(reasons))}; the mark counts {shortened(mark['counts']['failed'])}; "
             f"{_REPAIR}"
         )
 
@@ -338,26 +291,3 @@ def _grouped(stream: Any, shard: str) -> Iterator[tuple[str, list[tuple[str, int
 
 def _digest(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_round(value: Any) -> bool:
-    """Whether this is a round of `extract --retry-failed`, as dataset.json describes it."""
-    reasons = value.get("reasons") if isinstance(value, dict) else None
-    return (
-        isinstance(reasons, list) and all(isinstance(name, str) for name in reasons) and _is_count(value.get("first"))
-    )
-
-
-def _is_place(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(_is_count(number) and number < 1 << 63 for number in value)
-    )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 300 else text[:300] + "..."
