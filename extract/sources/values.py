@@ -123,17 +123,18 @@ def _enter(length: int, depth: int, room: list[int]) -> None:
 
 
 def _object(value: Mapping[Any, Any], depth: int, room: list[int]) -> dict[str, Any]:
-    if value.keys() == _MEDIA and isinstance(value["bytes"], bytes | None):
+    if len(value) == len(_MEDIA) and value.keys() == _MEDIA and isinstance(value["bytes"], bytes | None):
         # An image or sound as Hugging Face stores it: its bytes are no metadata.
         return {"path": _convert(value["path"], depth - 1, room)}
 
     fields: dict[str, Any] = {}
     for key, item in value.items():
-        name = _convert(key, depth, room)
+        name = key if type(key) is str and key.isascii() else _convert(key, depth, room)
         name = name if isinstance(name, str) else json.dumps(name)
         while name in fields:  # 1 and "1" are two keys in Python
             name += "_"
-        fields[name] = _convert(item, depth - 1, room)
+        convert = _SCALARS.get(type(item))
+        fields[name] = convert(item) if convert is not None else _convert(item, depth - 1, room)
     return fields
 
 
