@@ -90,7 +90,7 @@ def show(
     from shards.dataset import Dataset
     from shards.inspect.display import sheet
 
-    sample = Dataset.open(url).read(key)
+    sample = Dataset.open(url, checked=True).read(key)
     print(printable(sample.caption))
     print(_shown(sample))
     for name, data in sample.members.items():
@@ -118,7 +118,7 @@ def sheet(
     from shards.dataset import Dataset
     from shards.inspect.display import sheet as draw
 
-    dataset = Dataset.open(url)
+    dataset = Dataset.open(url, checked=True)
     samples = islice((sample for shard in dataset.shard_names() for sample in dataset.samples(shard)), rows)
     picture = draw([(sample.image(), sample.maps(), sample.caption) for sample in samples], size)
     Folder(save.absolute().parent).write(save.name, _png(picture))
@@ -137,7 +137,7 @@ def list_(
     """Lists the shards: name, samples, failures, bytes. With --keys the samples, with --failures what failed and why."""
     from shards.dataset import Dataset
 
-    dataset = Dataset.open(url)
+    dataset = Dataset.open(url, checked=True)
     for mark in dataset.marks():
         if keys:
             from shards.inspect.stats import by_place
@@ -241,7 +241,7 @@ def select(
     with _bar("asking") as bar:
         task = bar.add_task("asking", total=None)
         found = ask(
-            Dataset.open(url),
+            Dataset.open(url, checked=True),
             where,
             keep=keep,
             progress=lambda done, all_: bar.update(task, completed=done, total=all_),

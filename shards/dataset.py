@@ -23,10 +23,10 @@ class Dataset:
         """The content of dataset.json."""
 
     @classmethod
-    def open(cls, url: str, *, checked: bool = True) -> "Dataset":
+    def open(cls, url: str, *, checked: bool = False) -> "Dataset":
         """Opens the dataset at `url`. Raises UserError when there is none, MarkError when dataset.json is damaged.
 
-        checked: False leaves out whether its fields, too, are what they must be.
+        checked: whether its fields, too, are what they must be.
         """
         folder = Folder(url)
         if not folder.exists(DATASET):

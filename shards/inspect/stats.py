@@ -57,7 +57,7 @@ def stats(
 
     sample: how many samples are decoded (500 if None, 0 for none). progress is called with (decoded, to be decoded).
     """
-    dataset = Dataset.open(url)
+    dataset = Dataset.open(url, checked=True)
     result = _from_marks(dataset)
     wanted = min(DEFAULT_SAMPLE if sample is None else sample, result["counts"]["ok"])
     gather = _Gather()

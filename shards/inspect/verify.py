@@ -62,7 +62,7 @@ def verify(
     progress is called with (shards checked, shards in all). Raises UserError only where there is no dataset.
     """
     try:
-        dataset = Dataset.open(url, checked=False)
+        dataset = Dataset.open(url)
     except MarkError as error:
         return Report([f"{error}; {_AGAIN}"])
     if faults := list(info_faults(dataset.info)):
