@@ -38,6 +38,12 @@ class RunConfig:
     gpus_per_worker: float = 1.0
     address: str = "local"
     max_failed: float = 0.1
+    stall_warning_s: float = 300.0
+    """A worker that makes no progress for so long is said, with its unit. 0: never. A window of images at the slowest
+    estimators takes a core some minutes."""
+    stall_limit_s: float = 1800.0
+    """A worker that makes no progress for so long is ended, and its unit done by another. 0: never. Loading weights over a
+    slow network is the longest step that is healthy."""
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "window"):
@@ -49,6 +55,8 @@ class RunConfig:
             raise UsageError(
                 "run.workers and run.threads must not be negative, and run.gpus_per_worker must be positive"
             )
+        if self.stall_warning_s < 0 or self.stall_limit_s < 0:
+            raise UsageError("run.stall_warning_s and run.stall_limit_s must not be negative; 0 is never")
         if not 0 <= self.max_failed <= 1:
             raise UsageError(
                 f"run.max_failed = {self.max_failed}; give a share from 0 to 1, or a percentage such as 10%"

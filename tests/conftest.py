@@ -1,6 +1,8 @@
 """Fixtures that several files share."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +31,10 @@ def downloader() -> Iterator[Downloader]:
     made = Downloader(DownloadSettings(**QUICK))
     yield made
     made.close()
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

@@ -17,8 +17,9 @@ CLUSTER = ROOT / "cluster"
 # Programs of a Slurm cluster that only note how they were called.
 STUBS = {
     "scontrol": "printf 'node1\\nnode2\\nnode3\\n'",
-    "srun": 'case "$*" in *hostname*) echo 10.0.0.1;; *) while [ ! -e "$NOTES.stopped" ]; do sleep 0.05; done;; esac',
-    "ray": 'case "$1" in stop) touch "$NOTES.stopped";; esac',
+    "srun": 'case "$*" in *hostname*) echo 10.0.0.1;;\n'
+    '*) trap "echo step ended >> $NOTES; exit 0" TERM; while :; do sleep 0.05; done;; esac',
+    "ray": "",
     "python": 'trap "echo terminated >> $NOTES; exit 1" TERM; echo trapped >> "$NOTES"\n'
     "for i in $(seq ${SLEEPS:-1}); do sleep 0.1; done; exit ${STATUS:-0}",
 }
@@ -62,7 +63,8 @@ def test_the_slurm_job_starts_head_and_workers_and_ends_with_the_status_of_the_d
     said = "\n".join(notes(slurm))
     assert re.search(r"srun .*--nodelist=node1 ray start --head --node-ip-address=10\.0\.0\.1 --port=20077", said)
     assert re.search(r"srun --nodes=2 --ntasks=2 --nodelist=node2,node3 bash -c", said)
-    assert "python -m extract laion --out s3://b/x --address 10.0.0.1:20077" in said and "ray stop" in said
+    assert "python -m extract laion --out s3://b/x --address 10.0.0.1:20077" in said
+    assert said.count("step ended") == 2 and "ray stop" not in said
 
 
 def test_preemption_reaches_the_driver_which_stops_cleanly(slurm: dict[str, str]) -> None:
@@ -72,7 +74,75 @@ def test_preemption_reaches_the_driver_which_stops_cleanly(slurm: dict[str, str]
         time.sleep(0.02)
     time.sleep(1.0)  # the script's own trap is on the line after
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 1 and notes(slurm)[-2:] == ["terminated", "ray stop --grace-period 10"]
+    assert job.wait(timeout=60) == 1 and notes(slurm)[-3:] == ["terminated", "step ended", "step ended"]
+
+
+def test_a_head_that_does_not_start_ends_the_job(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ncase "$*" in *hostname*) echo 10.0.0.1;; *) exit 1;; esac\n')
+    (tmp_path / "bin" / "ray").write_text("#!/bin/bash\nexit 1\n")
+    command = ["bash", str(CLUSTER / "extract.slurm"), "demo"]
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1 and "error: Ray's head ended on node1" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_end_of_a_slurm_job_leaves_the_ray_of_another_job_on_the_node_alone(
+    slurm: dict[str, str], tmp_path: Path, short_path: Path
+) -> None:
+    ray = Path(sys.executable).parent / "ray"
+    (tmp_path / "bin" / "ray").unlink()
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\necho node1\n")
+    srun = 'case "$*" in *hostname*) echo 127.0.0.1;; *) shift 3; exec "$@";; esac'
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    environment = slurm | {
+        "PATH": f"{tmp_path / 'bin'}:{ray.parent}:/usr/bin:/bin",
+        "RAY_TMPDIR": str(short_path),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "SLEEPS": "30",
+    }
+    start = [
+        ray,
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        "--port=21123",
+        "--include-dashboard=false",
+        "--block",
+    ]
+    other = subprocess.Popen([*start, "--ray-client-server-port=21124"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        health = [ray, "health-check", "--address", "127.0.0.1:21123"]
+        deadline = time.monotonic() + 120
+        while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
+            assert other.poll() is None and time.monotonic() < deadline, "the other job's Ray does not start"
+            time.sleep(1)
+        before = processes_of_ray()
+        job = ["bash", str(CLUSTER / "extract.slurm"), "demo"]
+        done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert "python -m extract demo --address 127.0.0.1:20077" in notes(slurm)
+        after = processes_of_ray()
+        assert before <= after and other.poll() is None, "the other job's Ray was ended"
+        assert not any(":20077" in command for _, command in after - before), "the job's own Ray lives on"
+        assert subprocess.run(health, env=environment, capture_output=True, check=False).returncode == 0
+    finally:
+        other.terminate()
+        other.wait(timeout=60)
+
+
+def processes_of_ray() -> set[tuple[int, str]]:
+    """(process, command) of the servers that make up a Ray cluster on this machine."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # it has just ended
+            if "gcs_server" in command or "/raylet " in command:
+                found.add((int(entry.name), command))
+    return found
 
 
 def test_submit_hands_the_command_to_the_dashboard(slurm: dict[str, str]) -> None:

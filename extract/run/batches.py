@@ -7,7 +7,7 @@ comes out is the same within the tolerance of the dtype, and on the CPU in float
 import gc
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,10 +36,12 @@ class BatchSize:
         self.now = max(1, min(self.now, size))
 
 
-def estimate_all(estimator: Estimator, images: Sequence[np.ndarray], size: BatchSize) -> list[Maps | Exception]:
+def estimate_all(
+    estimator: Estimator, images: Sequence[np.ndarray], size: BatchSize, moved: Callable[[], None] = lambda: None
+) -> list[Maps | Exception]:
     """For each image (H, W, 3) its maps, or what the estimator raised on it. Images of like proportions share batches.
 
-    Raises DeviceLost.
+    moved: called after every batch. Raises DeviceLost.
     """
     order = sorted(range(len(images)), key=lambda i: (images[i].shape[1] / images[i].shape[0], images[i].shape[0], i))
     found: dict[int, Maps | Exception] = {}
@@ -47,6 +49,7 @@ def estimate_all(estimator: Estimator, images: Sequence[np.ndarray], size: Batch
     waiting = [order[start : start + size.now] for start in range(0, len(order), size.now)]
     waiting.reverse()
     while waiting:
+        moved()
         members = waiting.pop()
         if len(members) > size.now:  # memory ran out since
             waiting += reversed(halves(members))

@@ -82,6 +82,8 @@ class Progress:
     done: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    """Rises whenever something was read, decoded, estimated, encoded or written: it stands still only where the work does."""
     _lock: Any = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
@@ -93,6 +95,12 @@ class Progress:
         finally:
             with self._lock:
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + clock() - begin
+                self.steps += 1
+
+    def moved(self) -> None:
+        """Notes a step that is not timed by itself."""
+        with self._lock:
+            self.steps += 1
 
 
 @dataclass
@@ -156,14 +164,16 @@ def make_shard(
         return writer.commit(timings | {"unit_s": round(time.perf_counter() - begin, 3)})
 
 
-def probe(unit: Unit, work: UnitWork, estimators: Sequence[Loaded], positions: Container[int]) -> None:
+def probe(
+    unit: Unit, work: UnitWork, estimators: Sequence[Loaded], positions: Container[int], progress: Progress
+) -> None:
     """Works on the inputs at these positions alone, and keeps nothing: to see whether one of them kills the process."""
-    for window in _windows(_items(unit, work, _AllBut(positions), Forgotten(), Progress()), work.window):
-        _estimate(window, estimators, Progress())
+    for window in _windows(_items(unit, work, _AllBut(positions), Forgotten(), progress), work.window):
+        _estimate(window, estimators, progress)
         for item in window:
             if not item.failure:
                 with contextlib.suppress(SampleError, MapError):  # a failure like others, in the unit's own run
-                    _encode(item, work.members, Progress())
+                    _encode(item, work.members, progress)
 
 
 class _AllBut:
@@ -307,7 +317,7 @@ def _estimate(window: list[_Item], estimators: Sequence[Loaded], progress: Progr
                 todo.append(item)
         images = [item.prepared.pixels for item in todo if item.prepared is not None]
         with progress.timed("estimate_s"):
-            results = estimate_all(loaded.estimator, images, loaded.size)
+            results = estimate_all(loaded.estimator, images, loaded.size, progress.moved)
         for item, maps in zip(todo, results, strict=True):
             if isinstance(maps, Exception):
                 reason = "out_of_memory" if isinstance(maps, MemoryError) else "estimator_failed"

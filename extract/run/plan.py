@@ -18,6 +18,7 @@ from extract.run.worker import Measured, WorkerSetup
 from extract.sources import Source
 from extract.sources.table import open_source
 from extract.workers import cluster
+from shards.core.cores import cores
 from shards.core.errors import UserError
 from shards.core.storage import Folder
 from shards.inspect.stats import size as in_bytes
@@ -62,9 +63,9 @@ def make_plan(config: ExtractConfig, *, source: Source | None = None) -> Plan:
         raise UserError("the source has no inputs; check its path and its filters")
     names = Folder(config.out).list()
     done = sum(name.endswith(".json") and name.removesuffix(".json").isdigit() for name in names)
-    with cluster.connected(config.run.address, config.run.workers or cluster.cores()):
+    with cluster.connected(config.run.address, config.run.workers or cores()):
         staff = cluster.plan_staff(config.run)
-        with cluster.hired(_setup(config, source, staff), staff) as ask:
+        with cluster.hired(_setup(config, source, staff), staff, config.run.stall_limit_s) as ask:
             probe = ask("measure", first)
             total = source.total()
             if total is None and not isinstance(source, Repeating):  # each unit has a size of its own

@@ -7,6 +7,7 @@ goes on: units whose shard is committed, and was made with the same settings, ar
 import contextlib
 import itertools
 import signal
+import sys
 import threading
 import time
 from array import array
@@ -27,6 +28,7 @@ from extract.run.progress import Reporter
 from extract.run.worker import Outcome, Worker, WorkerSetup
 from extract.sources import Source, Unit
 from extract.sources.table import open_source
+from shards.core.cores import cores
 from shards.core.errors import TooManyFailures, UserError
 from shards.core.storage import WRITING, Folder
 from shards.counts import Standing, is_drop
@@ -370,10 +372,13 @@ class _Crew:
         from extract.workers import cluster
 
         run = self.config.run
-        self.tally.stop.deferred = True
-        self.stack.enter_context(cluster.connected(run.address, run.workers or cluster.cores()))
+        stop = self.tally.stop
+        stop.deferred = True
+        with stop.waiting_for("Ray has started"):
+            self.stack.enter_context(cluster.connected(run.address, run.workers or cores()))
         staff = cluster.plan_staff(run)
-        pool = cluster.Pool(self._setup(staff), staff.workers, cpus=1, gpus=staff.gpus_per_worker)
+        stall = cluster.StallRules(run.stall_warning_s, run.stall_limit_s)
+        pool = cluster.Pool(self._setup(staff), staff.workers, cpus=1, gpus=staff.gpus_per_worker, stall=stall)
         grows = run.address != "local" and not run.workers
         return pool, partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None
 
@@ -446,6 +451,20 @@ class _Stop:
     def __init__(self) -> None:
         self.deferred = False
         self._number: int | None = None
+        self._waiting_for = ""
+
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Around a long call: a signal meanwhile is acknowledged at once, and explains what then fails."""
+        self._waiting_for = what
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+        finally:
+            self._waiting_for = ""
+        self.check()
 
     def check(self) -> None:
         """Raises UserError if the run is to stop."""
@@ -455,6 +474,9 @@ class _Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         impatient, self._number = self._number is not None, number
+        if self._waiting_for and not impatient:
+            name = signal.Signals(number).name
+            print(f"{name}: the run stops as soon as {self._waiting_for}, up to a minute", file=sys.stderr, flush=True)
         if impatient or not self.deferred:
             self.check()
 

@@ -111,11 +111,13 @@ class Worker:
 
     def _load(self, task: table.Task) -> Loaded:
         row, setup = task.row, self._setup
+        self._progress.moved()
         estimator = table.load(row, setup.device, dtype_of(setup.dtype, setup.device))
         return Loaded(estimator, task.intrinsics, table.fingerprint(row)["id"], row.batch)
 
     def run(self, unit: Unit, made: dict[str, Any], skip: Sequence[int]) -> Outcome:
         """Makes and commits the shard of a unit."""
+        self._progress = Progress()
         if problem := self.load():
             return Outcome({}, {}, problem)
         assert self._loaded is not None
@@ -124,7 +126,6 @@ class Worker:
                 return Outcome(
                     {}, {}, f"the weights of {loaded.id} on this machine are others than where the run began"
                 )
-        self._progress = Progress()
         try:
             done = committed_mark(self._folder, shard_name(unit.index))
             if (
@@ -150,24 +151,30 @@ class Worker:
             self._progress = Progress()
         return Outcome(mark["counts"], mark["timings"])
 
-    def progress(self) -> tuple[int, int]:
-        """Inputs done, and failed, of the unit at work."""
-        return self._progress.done, self._progress.failed
+    def progress(self) -> tuple[int, int, int]:
+        """Inputs done, and failed, of the unit at work; and a number that changes with every step of the work."""
+        return self._progress.done, self._progress.failed, self._progress.steps
 
     def count(self, unit: Unit) -> int | str:
         """How many inputs a unit has; a sentence if it cannot be read."""
+        self._progress, count = Progress(), 0
         try:
-            return sum(1 for _ in self._setup.work.source.read(unit))
+            for _ in self._setup.work.source.read(unit):
+                self._progress.moved()
+                count += 1
+            return count
         except UserError as error:
             return str(error)
 
     def probe(self, unit: Unit, start: int, stop: int, skip: Sequence[int]) -> str:
         """Works on the inputs start..stop only, without those to skip; dies if one of them kills its worker."""
+        self._progress = Progress()
         if problem := self.load():
             return problem
         assert self._loaded is not None
+        positions = frozenset(range(start, stop)) - frozenset(skip)
         try:
-            probe(unit, self._setup.work, self._loaded, frozenset(range(start, stop)) - frozenset(skip))
+            probe(unit, self._setup.work, self._loaded, positions, self._progress)
         except UserError as error:
             return str(error)
         except DeviceLost as error:

@@ -1,7 +1,7 @@
 """Workers on Ray: started, replaced when they die, and asked one question at a time."""
 
+import heapq
 import os
-import random
 import secrets
 import signal
 import sys
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from extract.config import RunConfig
 from extract.run.worker import THREAD_VARIABLES, Outcome, Worker, WorkerSetup
@@ -30,6 +30,9 @@ POLL_S = 1.0
 POLLED = 16  # workers that are asked for their progress at a time; a question costs the driver a millisecond
 CPU_THREADS, GPU_THREADS = 2, 16  # of a worker, for decoding; the same again for encoding
 LOOK_S = 2.0  # between two looks at how many nodes there are, so that new ones begin soon
+LONGEST_TICK_S = 10.0
+"""What a pause between two looks at the workers counts at most: a driver that was itself stopped for an hour then blames no
+worker for it."""
 
 
 @contextmanager
@@ -55,23 +58,44 @@ def connected(address: str, workers: int) -> Iterator[None]:
     try:
         with _signal_handlers_kept():
             ray.init(address=address, **options)
+    except UserError:  # raised by a handler of signals
+        raise
     except Exception as error:  # Ray has no base class for what can go wrong here, a plain Exception among it
-        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "Ray did not start on this machine" if address == "local" else f"Ray cannot be reached at {address!r}"
-        raise UserError(f"{what}: {message}; try the same command again, --debug shows more") from error
+        raise UserError(_why_not_connected(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _why_not_connected(address: str, error: Exception) -> str:
+    """What a user can do about a Ray that does not start, or is not there."""
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if address != "local":
+        return f"Ray cannot be reached at {address!r}: {message}; try the same command again, --debug shows more"
+
+    variable = "TMPDIR" if "RAY_TMPDIR" not in os.environ and "TMPDIR" in os.environ else "RAY_TMPDIR"
+    place = os.environ.get(variable, "/tmp")
+    if "AF_UNIX path length" in str(error):
+        return (
+            f"Ray did not start on this machine: its sockets would lie under {variable} = {place}, and the path of a socket "
+            "has at most 107 bytes; set RAY_TMPDIR to a folder with a short name, such as RAY_TMPDIR=/tmp"
+        )
+    return (
+        f"Ray did not start on this machine: {message}; try the same command again, or set RAY_TMPDIR to another folder "
+        f"than {place} if that is full or not writable; --debug shows more"
+    )
+
+
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
     """Ray puts its own handler of SIGTERM in place of ours."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def cluster_size(cpus: float, gpus: float) -> int:
@@ -79,11 +103,6 @@ def cluster_size(cpus: float, gpus: float) -> int:
     there = ray.cluster_resources()
     by_gpu = int(there.get("GPU", 0) / gpus) if gpus else 1 << 30
     return max(1, min(by_gpu, int(there.get("CPU", 1) / cpus)))
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -108,20 +127,26 @@ def plan_staff(wishes: RunConfig) -> Staff:
     if wishes.device == "cpu" or not gpus:
         return Staff(wishes.workers or cluster_size(1, 0), "cpu", 0.0, wishes.threads or CPU_THREADS)
     workers = wishes.workers or cluster_size(1, wishes.gpus_per_worker)
-    cores = int(there.get("CPU", 1)) // workers
-    return Staff(workers, "cuda", wishes.gpus_per_worker, wishes.threads or min(max(cores, CPU_THREADS), GPU_THREADS))
+    each = int(there.get("CPU", 1)) // workers
+    return Staff(workers, "cuda", wishes.gpus_per_worker, wishes.threads or min(max(each, CPU_THREADS), GPU_THREADS))
 
 
 @contextmanager
-def hired(setup: WorkerSetup, staff: Staff) -> Iterator[Callable[..., Any]]:
-    """One worker, to be asked by the name of a method. What it answers with a sentence is raised as UserError."""
+def hired(setup: WorkerSetup, staff: Staff, stall_limit_s: float = 0.0) -> Iterator[Callable[..., Any]]:
+    """One worker, to be asked by the name of a method. What it answers with a sentence is raised as UserError, as is no
+    answer within stall_limit_s (0: it is waited for)."""
     options = {"num_cpus": 1, "num_gpus": staff.gpus_per_worker, "max_restarts": 0}
     actor: Any = ray.remote(Worker)
     worker = actor.options(**options).remote(setup)
 
     def ask(method: str, *arguments: Any) -> Any:
         try:
-            answer = ray.get(getattr(worker, method).remote(*arguments))
+            answer = ray.get(getattr(worker, method).remote(*arguments), timeout=stall_limit_s or None)
+        except GetTimeoutError:
+            raise UserError(
+                f"the worker gave no answer within {stall_limit_s:g} s: look at its disk, network and GPU; "
+                "run.stall_limit_s is how long it is waited for"
+            ) from None
         except RayError as error:
             raise UserError(f"the worker failed: {_cause(error)}") from error
         if isinstance(answer, str):
@@ -183,24 +208,72 @@ class Search:
 
 @dataclass(frozen=True)
 class Died:
-    """In place of an answer: the worker died, alone or with its node."""
+    """In place of an answer: the worker died, alone or with its node, or was ended because it stood still.
+
+    stalled_s: how long it had made no progress, if that is why it was ended.
+    """
+
+    stalled_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class StallRules:
+    """When a worker that makes no progress is said (after warning_s), and when it is replaced (after limit_s). 0: never."""
+
+    warning_s: float = 0.0
+    limit_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A worker that has made no progress with a question for so long. question None: no worker could start."""
+
+    question: Question | None
+    seconds: float
+
+
+@dataclass
+class _Task:
+    """A question that a worker has, and what was last heard of it. Times are of the pool's own clock."""
+
+    worker: Any
+    question: Question
+    moved: float
+    """When its progress last changed, or when it was asked."""
+    looked: float
+    """When its progress was last asked for."""
+    counts: tuple[int, int, int] = (0, 0, 0)
+    asked: Any = None
+    """The reference of its progress, while that is on its way. A process that is stopped never answers."""
+    said: bool = False
 
 
 class Pool:
     """Up to `size` workers. Questions go only to workers that have started, so that none waits for a node that is gone."""
 
-    def __init__(self, setup: Any, size: int, *, cpus: float, gpus: float, worker: type = Worker) -> None:
+    def __init__(
+        self,
+        setup: Any,
+        size: int,
+        *,
+        cpus: float,
+        gpus: float,
+        worker: type = Worker,
+        stall: StallRules | None = None,
+    ) -> None:
         """setup: what each worker is made with. worker: a class with the methods of Worker that questions call."""
-        self.size = size
+        self.size, self._stall = size, stall or StallRules()
         self._reference = ray.put(setup)
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 2}
         self._actor: Any = ray.remote(worker).options(**options)
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[Any, Question]] = {}
+        self._busy: dict[Any, _Task] = {}
         self._failed_starts = 0
-        self._asked: dict[Any, Any] = {}  # worker -> reference of its progress
-        self._last_poll, self._counts = 0.0, dict[Any, tuple[int, int]]()
+        self._last_poll = self._last_tick = time.monotonic()
+        self._clock = 0.0
+        self._had_workers = 0.0
+        """When there last was a worker that had started, and when that they lack was last said."""
 
     @property
     def idle(self) -> int:
@@ -218,8 +291,8 @@ class Pool:
 
     def ask(self, question: Question) -> None:
         """Hands a question to an idle worker."""
-        worker = self._idle.pop()
-        self._busy[question.ask(worker)] = worker, question
+        worker, now = self._idle.pop(), self._tick()
+        self._busy[question.ask(worker)] = _Task(worker, question, moved=now, looked=now)
 
     def wait(self, seconds: float) -> list[tuple[Question, Any]]:
         """Questions that were answered within the time, or whose worker Died. Raises UserError if workers cannot start."""
@@ -229,14 +302,13 @@ class Pool:
             if reference in self._starting:
                 self._welcome(self._starting.pop(reference), reference)
                 continue
-            worker, question = self._busy.pop(reference)
-            self._counts.pop(worker, None)
+            task = self._busy.pop(reference)
             try:
-                ended.append((question, ray.get(reference)))
-                self._idle.append(worker)
+                ended.append((task.question, ray.get(reference)))
+                self._idle.append(task.worker)
             except RayActorError:
-                ray.kill(worker)  # it may be out of reach only; its unit is somebody else's from now on
-                ended.append((question, Died()))
+                ray.kill(task.worker)  # it may be out of reach only; its unit is somebody else's from now on
+                ended.append((task.question, Died()))
             except RayError as error:
                 raise UserError(f"a worker failed in a way that is a bug: {_cause(error)}") from error
         return ended
@@ -263,26 +335,65 @@ class Pool:
         if now - self._last_poll >= POLL_S:
             self._last_poll = now
             self._hear()
-            at_work = [worker for worker, question in self._busy.values() if isinstance(question, Job)]
-            for worker in random.sample(at_work, min(POLLED, len(at_work))):
-                if worker not in self._asked:
-                    self._asked[worker] = worker.progress.remote()
-        return sum(done for done, _ in self._counts.values()), sum(failed for _, failed in self._counts.values())
+            free = [task for task in self._busy.values() if task.asked is None]
+            for task in heapq.nsmallest(POLLED, free, key=lambda task: task.looked):  # in turn: none is forgotten
+                task.asked, task.looked = task.worker.progress.remote(), self._tick()
+        units = [task.counts for task in self._busy.values() if isinstance(task.question, Job)]
+        return sum(done for done, _, _ in units), sum(failed for _, failed, _ in units)
 
     def _hear(self) -> None:
-        if not self._asked:
-            return
-        ready, _ = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=0)
-        at_work = {worker for worker, _ in self._busy.values()}
-        for worker, reference in list(self._asked.items()):
-            if reference in ready:
-                del self._asked[worker]
-                try:
-                    counts = ray.get(reference)
-                except RayError:
-                    continue  # a worker that has just died: wait() will say so
-                if worker in at_work:
-                    self._counts[worker] = counts
+        """Takes the answers that have come. One that differs from the last is progress."""
+        asked = {task.asked: task for task in self._busy.values() if task.asked is not None}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
+        for reference in ready:
+            task = asked[reference]
+            task.asked = None
+            try:
+                counts = ray.get(reference)
+            except RayError:
+                continue  # a worker that has just died: wait() will say so
+            if counts != task.counts:
+                task.counts, task.moved, task.said = counts, self._tick(), False
+
+    def _tick(self) -> float:
+        """The pool's clock, in seconds. It stands still while the driver does."""
+        now = time.monotonic()
+        self._clock += min(now - self._last_tick, LONGEST_TICK_S)
+        self._last_tick = now
+        return self._clock
+
+    def stalls(self) -> list[Stall]:
+        """Workers that have made no progress for the warning's time, each once; also if no worker can start."""
+        now, after = self._tick(), self._stall.warning_s
+        if self._idle or self._busy or not self._starting:
+            self._had_workers = now
+        if not after:
+            return []
+
+        found = []
+        for task in self._busy.values():
+            if not task.said and now - task.moved >= after:
+                task.said = True
+                found.append(Stall(task.question, now - task.moved))
+        if now - self._had_workers >= after:
+            found.append(Stall(None, now - self._had_workers))
+            self._had_workers = now
+        return found
+
+    def replace_stalled(self) -> list[tuple[Question, Died]]:
+        """Ends the workers that have made no progress for the limit's time; their questions are for others.
+
+        One that cannot be ended at once (its disk hangs in the kernel, its node is out of reach) is given up all the same:
+        should it come back, the commit of its shard loses against that of its replacement.
+        """
+        now, limit = self._tick(), self._stall.limit_s
+        late = [reference for reference, task in self._busy.items() if limit and now - task.moved >= limit]
+        ended: list[tuple[Question, Died]] = []
+        for reference in late:
+            task = self._busy.pop(reference)
+            ray.kill(task.worker)
+            ended.append((task.question, Died(stalled_s=now - task.moved)))
+        return ended
 
 
 def _node_is_gone(error: RayActorError) -> bool:
@@ -337,12 +448,14 @@ class Dispatcher:
                 self.pool.ask(question)
             if not self.pool.busy and not self._again and self._exhausted:
                 return
-            for question, answer in self.pool.wait(POLL_S):
+            for question, answer in [*self.pool.wait(POLL_S), *self.pool.replace_stalled()]:
                 if isinstance(question, Search):
                     self._searched(question, answer)
                 elif isinstance(question, Job):
                     self._ended(question, answer)
             self.listener.working(*self.pool.progress())
+            for stall in self.pool.stalls():
+                self.listener.say(_stall_message(stall))
 
     def _look_for_nodes(self) -> None:
         if self.capacity is not None and time.monotonic() - self._last_look > LOOK_S:
@@ -360,7 +473,8 @@ class Dispatcher:
         index = job.unit.index
         if isinstance(answer, Died):
             job.deaths += 1
-            self.listener.say(f"a worker died with unit {index}; its unit is done again")
+            what = f"made no progress for {_minutes(answer.stalled_s)}, and was ended," if answer.stalled_s else "died"
+            self.listener.say(f"a worker {what} with unit {index}; its unit is done again")
             if job.deaths >= MAX_DEATHS:
                 raise UserError(
                     f"unit {index} lost its worker {job.deaths} times, and none of its inputs is to blame alone; look at "
@@ -389,3 +503,19 @@ class Dispatcher:
             self.listener.say(f"unit {job.unit.index}: {len(killers)} input(s) kill their worker; listed as failures")
             job.skip = tuple(sorted({*job.skip, *killers}))
         self._again.append(job)
+
+
+def _stall_message(stall: Stall) -> str:
+    since = _minutes(stall.seconds)
+    if stall.question is None:
+        return (
+            f"no worker could start for {since}: the cluster has no free CPU or GPU, or its nodes stand still; "
+            "`ray status` shows what is used"
+        )
+    job = stall.question.job if isinstance(stall.question, Search) else stall.question
+    unit = f"unit {job.unit.index}" if isinstance(job, Job) else "its work"
+    return f"a worker has made no progress for {since} with {unit}: look at its disk, network and GPU"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -6,7 +6,6 @@ Shards are checked side by side, each as one stream, so that memory holds one sa
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from shards.core.cores import cores
 from shards.core.errors import UserError
 from shards.core.storage import WRITING, Folder
 from shards.dataset import Dataset, add_counts, info_faults
@@ -72,7 +72,7 @@ def verify(
     stems = [match[1] for name in files if (match := _PART.match(name)) and match[2] == "json"]
     shards = [stem for stem in stems if shard_name(int(stem)) == stem]
     results: list[_Shard] = []
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), "verify") as pool:
+    with ThreadPoolExecutor(threads or min(8, cores()), "verify") as pool:
         try:
             for result in pool.map(lambda shard: _check_shard(dataset, shard, quick), shards):
                 results.append(result)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.core.cores import cores
 from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
 from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap, MapError
@@ -266,11 +267,10 @@ class _Process:
 
 def _decoders() -> int:
     """Threads that decode: the cores of this machine, shared among a DataLoader's workers."""
-    cores = len(os.sched_getaffinity(0))
     workers = 1
     if "torch" in sys.modules:
         from torch.utils.data import get_worker_info
 
         info = get_worker_info()
         workers = info.num_workers if info is not None else 1
-    return max(1, min(MAX_DECODERS, cores // workers))
+    return max(1, min(MAX_DECODERS, cores() // workers))

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -61,3 +62,60 @@ def test_a_worker_that_dies_is_replaced_and_the_run_ends_well(
     _, words = run.communicate(timeout=120)
     assert run.returncode == 0, words
     assert contents(out) == undisturbed[0]
+
+
+def test_a_worker_that_stands_still_is_said_and_replaced(
+    undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    rules = ["--set", "run.stall_warning_s=2", "--set", "run.stall_limit_s=8"]
+    run = subprocess.Popen(
+        [*command(out, 1, "null"), *rules], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while run.poll() is None and not list(out.glob("000000.json")):
+        time.sleep(0.01)
+    stopped = workers_of(run.pid)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    _, words = run.communicate(timeout=120)
+    assert run.returncode == 0, words
+    said = " ".join(words.split())  # without the line breaks of a terminal
+    assert re.search(r"a worker has made no progress for \d+ s with unit \d", said), words
+    assert re.search(
+        r"a worker made no progress for \d+ s, and was ended, with unit \d; its unit is done again", said
+    ), words
+    assert contents(out) == undisturbed[0] and not Path(f"/proc/{stopped}").exists()
+
+
+def test_ctrl_c_while_ray_starts_is_answered_at_once_and_ends_the_run_as_always(
+    tmp_path: Path, short_path: Path
+) -> None:
+    run = subprocess.Popen(
+        command(tmp_path / "out", 1, "null"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"RAY_TMPDIR": str(short_path)},
+    )
+    while run.poll() is None and not list(short_path.glob("ray/session_*")):
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the driver and all that it started
+    _, words = run.communicate(timeout=120)
+    at_once, end = words.strip().splitlines()
+    assert run.returncode == 1 and at_once.startswith("SIGINT: the run stops as soon as Ray has started")
+    assert end == "error: stopped by SIGINT; the same command goes on where it stopped"
+
+
+def test_a_long_tmpdir_is_an_error_that_names_what_to_set(tmp_path: Path) -> None:
+    place = tmp_path / ("long" * 20)
+    place.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
+    done = subprocess.run(
+        command(tmp_path / "out", 1, "null"),
+        env=environment | {"TMPDIR": str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f"TMPDIR = {place}" in done.stderr and "107 bytes; set RAY_TMPDIR to" in done.stderr

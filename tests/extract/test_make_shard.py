@@ -115,8 +115,9 @@ def test_a_probe_looks_at_nothing_but_its_range(tmp_path: Path) -> None:
 
     rules = ImageRules(format="png", size_px=None)
     work = UnitWork(source=Numbers(), image=rules, members=MEMBERS, threads=2, window=4)
-    probe(Unit(0, 12), work, [Loaded(watching, ("line",), "w@1", 4)], range(3, 6))
-    assert seen == [3, 4, 5]
+    progress = Progress()
+    probe(Unit(0, 12), work, [Loaded(watching, ("line",), "w@1", 4)], range(3, 6), progress)
+    assert seen == [3, 4, 5] and progress.steps > 12  # it moves also while it only reads
 
 
 def other(images: Sequence[np.ndarray]) -> list[dict[str, IntrinsicMap]]:

@@ -1,6 +1,7 @@
 """The dataset on disk: deterministic, readable by key, and committed by exactly one writer whatever happens."""
 
 import contextlib
+import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,43 @@ def test_a_writer_killed_at_any_step_of_the_commit_is_healed_by_the_next(
     assert dataset.mark("000000")["tar"]["size"] == (tmp_path / "000000.tar").stat().st_size
     folder.sweep()
     assert folder.list() == ["000000.failed.jsonl", "000000.json", "000000.tar", "dataset.json"]
+
+
+@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_writer_that_stands_still_and_comes_back_cannot_commit_twice(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, step: int, replace: bool
+) -> None:
+    options = {}
+    if replace:
+        with writer(folder, b"old") as attempt:
+            options["replaces"] = attempt.commit({})["checksum"]
+    calls, committed = 0, []
+
+    def paused(method):  # type: ignore[no-untyped-def]
+        def call(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == step + 1:  # the other one does the whole unit meanwhile
+                with writer(folder, b"other", **options) as other:
+                    committed.append(other.commit({}))
+                committed.append({path: folder.read(path) for path in folder.list() if path.startswith("000000")})
+            return method(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("create", "publish", "remove"):
+            patch.setattr(Folder, name, paused(getattr(Folder, name)))
+        with writer(folder, b"paused", **options) as slow:
+            mark = slow.commit({})
+
+    dataset = Dataset.open(folder.url)
+    assert dataset.read("a").caption in ("other", "paused") and dataset.mark("000000") == mark
+    if committed:  # the step exists
+        assert committed[0] == mark and committed[1] == {p: folder.read(p) for p in committed[1]}
+    assert hashlib.sha256(folder.read("000000.tar")).hexdigest() == mark["tar"]["sha256"]
+    assert folder.list(WRITING) == []
 
 
 def test_a_winner_that_failed_while_publishing_keeps_its_files_for_the_next(

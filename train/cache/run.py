@@ -20,6 +20,7 @@ from extract.run.progress import Reporter
 from extract.run.worker import Outcome
 from extract.sources import Unit
 from extract.workers import cluster
+from shards.core.cores import cores
 from shards.core.errors import UserError
 from shards.core.storage import Folder
 from shards.dataset import Dataset, add_counts, write_info
@@ -82,9 +83,9 @@ class CacheWorker:
             self._counted = Counted()
         return Outcome(mark["counts"], mark["timings"])
 
-    def progress(self) -> tuple[int, int]:
-        """Samples done, and failed, of the shard at work."""
-        return self._counted.done, self._counted.failed
+    def progress(self) -> tuple[int, int, int]:
+        """Samples done, and failed, of the shard at work; and a number that changes with every batch."""
+        return self._counted.done, self._counted.failed, self._counted.done
 
     def count(self, unit: Unit) -> int | str:
         """How many samples a shard has; a sentence if it cannot be read."""
@@ -100,6 +101,7 @@ class CacheWorker:
             for row, sample in enumerate(self._dataset.samples(shard_name(unit.index))):
                 if start <= row < stop and row not in skip:
                     shard.of([sample])
+                self._counted.done += 1
         except UserError as error:
             return str(error)
         return ""
@@ -201,9 +203,11 @@ def _pool(config: CacheConfig, specs: Mapping[str, Spec]) -> Iterator[tuple[clus
     wishes = RunConfig(
         workers=config.workers, device=config.device, gpus_per_worker=config.gpus_per_worker, address=config.address
     )
-    with cluster.connected(config.address, config.workers or cluster.cores()):
+    with cluster.connected(config.address, config.workers or cores()):
         staff = cluster.plan_staff(wishes)
         setup = CacheSetup(config=config, specs=specs, device=staff.device)
         grows = config.address != "local" and not config.workers
         capacity = partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None
-        yield cluster.Pool(setup, staff.workers, cpus=1, gpus=staff.gpus_per_worker, worker=CacheWorker), capacity
+        stall = cluster.StallRules(wishes.stall_warning_s, wishes.stall_limit_s)
+        options: dict[str, Any] = {"cpus": 1, "gpus": staff.gpus_per_worker, "worker": CacheWorker, "stall": stall}
+        yield cluster.Pool(setup, staff.workers, **options), capacity

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from extract.world.grammar import parse
+from shards.core.cores import cores
 from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
 from train.cuda_graph import GraphedNetwork
@@ -128,7 +129,7 @@ class Pictures:
         Raises UserError if there are none.
         """
         shards = Dataset.open(url).shard_names()
-        with ProcessPoolExecutor(max(1, min(len(shards), os.cpu_count() or 1)), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(max(1, min(len(shards), cores())), get_context("spawn")) as pool:
             found = [pair for pairs in pool.map(partial(fully_named, url), shards) for pair in pairs]
         if not found:
             raise UserError(f"{url} holds no scenes; make some with: python -m train scenes --out {url}")
