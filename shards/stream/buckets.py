@@ -4,6 +4,9 @@ Positions come in chunks of consecutive ones, and a chunk holds samples of one b
 samples again and again without a gap, so between two visits of a sample lies exactly one pass of its bucket. An epoch
 hands out, of each bucket, all whole chunks; what is left of a bucket, less than a chunk, begins its share of the next
 epoch. Nothing is dropped and nothing repeated, and where a position leads is a pure function of (seed, position).
+
+A bucket with fewer samples than a chunk would repeat each of them many times in a batch. Its samples go to a bucket of a like
+size (`merged`); what has none is left out, and counted.
 """
 
 import math
@@ -41,6 +44,41 @@ def nearest_bucket(shapes: Sequence[Shape], width: int, height: int) -> int:
     return min(range(len(shapes)), key=lambda i: (abs(math.log(shapes[i][1] / shapes[i][0]) - wanted), i))
 
 
+MOST_CROPPED = 2.0
+"""By how much the aspect ratio of a small bucket may differ from that of the bucket which takes its samples: at 2 half of
+such an image is cropped away."""
+
+
+def merged(shapes: Sequence[Shape], sizes: Sequence[int], chunk: int) -> list[int]:
+    """For each bucket the one that takes its samples: itself, or of a bucket smaller than a chunk the nearest.
+
+    The longest images go first, for they have the fewest to go to; several small ones may make one that is large enough. A
+    bucket stays small if none of the others is within MOST_CROPPED of it.
+    """
+    ratios = [math.log(width / height) for height, width in shapes]
+    counts, members = [int(size) for size in sizes], [[bucket] for bucket in range(len(shapes))]
+
+    def takers(small: int) -> list[int]:
+        """The buckets that may take a small one with all that it has taken itself."""
+        others = [other for other, count in enumerate(counts) if count and other != small]
+        far = math.log(MOST_CROPPED) + 1e-9
+        return [o for o in others if all(abs(ratios[m] - ratios[o]) <= far for m in members[small])]
+
+    while True:
+        small = [bucket for bucket, count in enumerate(counts) if 0 < count < chunk]
+        small.sort(key=lambda bucket: (-round(abs(ratios[bucket]), 6), counts[bucket], bucket))
+        pair = next(((bucket, near) for bucket in small if (near := takers(bucket))), None)
+        if pair is None:
+            break
+        bucket, near = pair
+        distance = {other: round(abs(ratios[other] - ratios[bucket]), 6) for other in near}
+        into = min(near, key=lambda other: (distance[other], counts[other] >= chunk, -counts[other], other))
+        counts[into], counts[bucket] = counts[into] + counts[bucket], 0
+        members[into], members[bucket] = members[into] + members[bucket], []
+
+    return [next(into for into, own in enumerate(members) if bucket in own) for bucket in range(len(shapes))]
+
+
 @dataclass(frozen=True)
 class Share:
     """Where a position of the whole leads: a bucket, and the position in the bucket's own endless stream."""
@@ -54,13 +92,19 @@ class BucketOrder:
 
     sizes: samples in each bucket. chunk: how many consecutive positions are of one bucket; a multiple of the global
     batch (batch x ranks), so that every batch lies in one chunk. shuffle=False hands the buckets out one after another.
+    Buckets smaller than a chunk are left out (left_out: how many samples); of small ones only, the largest stays.
     """
 
     def __init__(self, sizes: Sequence[int], *, chunk: int, seed: int = 0, shuffle: bool = True) -> None:
         if chunk < 1:
             raise UsageError(f"chunk = {chunk}; it must be at least 1")
-        self.sizes, self.chunk, self.seed, self.shuffle = [int(size) for size in sizes], chunk, seed, shuffle
+        given = [int(size) for size in sizes]
+        smallest = min(chunk, max(given, default=0))
+        largest = given.index(smallest) if smallest < chunk and given else -1
+        self.sizes = [size if size >= chunk or bucket == largest else 0 for bucket, size in enumerate(given)]
+        self.chunk, self.seed, self.shuffle = chunk, seed, shuffle
         self.size = sum(self.sizes)
+        self.left_out = sum(given) - self.size
         if not self.size:
             raise UserError("there is no sample to stream: every bucket is empty")
         self._epoch = lru_cache(maxsize=2)(self._epoch)  # type: ignore[method-assign]

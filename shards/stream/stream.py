@@ -7,6 +7,7 @@ never change the order. Positions are those of shards.stream.order; starting at 
 import contextlib
 import os
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,6 +103,9 @@ class Stream:
             self.chunk = 1
         self.views = [View(dataset, self._choice(i)) for i, dataset in enumerate(self.datasets)]
         self.mixture = Mixture(self.weights or [view.size for view in self.views])
+        for dataset, view in zip(self.datasets, self.views, strict=True):
+            if view.moved or view.left_out:
+                warnings.warn(_about_small_buckets(dataset.folder.url, self.chunk, view), stacklevel=2)
 
     def _choice(self, dataset: int) -> Choice:
         return Choice(
@@ -222,6 +226,15 @@ class Stream:
             maps[name] = row.decode(sample.members[row.member], described.get(name) or {}, empty)
         extras = {name: sample.members[name] for name in self.extras}
         return Item(sample.key, position, image, sample.caption, maps, meta, skipped, shape, extras)
+
+
+def _about_small_buckets(url: str, chunk: int, view: View) -> str:
+    parts = []
+    if view.moved:
+        parts.append(f"{view.moved} samples are cropped to a size near theirs")
+    if view.left_out:
+        parts.append(f"{view.left_out} samples are left out, for no size is near theirs")
+    return f"{url}: sizes with fewer samples than a chunk ({chunk}) are no buckets of their own: {', '.join(parts)}"
 
 
 class _Process:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.core.errors import UsageError, UserError
-from shards.stream.buckets import BucketOrder, bucket_shapes, nearest_bucket
+from shards.stream.buckets import BucketOrder, bucket_shapes, merged, nearest_bucket
 from shards.stream.order import Sampler
 
-SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any)
+SIZES = st.lists(st.one_of(st.just(0), st.integers(9, 40)), min_size=1, max_size=5).filter(any)
 
 
 @given(SIZES, st.integers(1, 9), st.integers(0, 3), st.booleans())
@@ -93,3 +93,55 @@ def test_the_iterator_of_a_sampler_has_a_state_of_its_own() -> None:
     resumed = iter(Sampler(batch=4, rank=1, world=2, samples=100))
     resumed.load_state_dict(begun.state_dict())
     assert [*first, *resumed] == list(sampler) and sampler.consumed == 0
+
+
+# ---- buckets smaller than a chunk ------------------------------------------------------------------------------------
+
+WIDE, SQUARE, TALL = (384, 640), (512, 512), (640, 384)
+
+
+def test_an_order_without_small_buckets_is_what_it_has_always_been() -> None:
+    order = BucketOrder([100, 0, 64, 300], chunk=64, seed=3)
+    found = [order.place(position) for position in range(0, 20 * 64, 64)]
+    golden = "3.0 2.0 3.64 0.0 3.128 3.192 3.256 3.320 3.384 0.64 2.64 3.448 0.128 3.512 3.576 3.640 2.128 3.704 3.768 3.832"
+    assert " ".join(f"{share.bucket}.{share.position}" for share in found) == golden and order.left_out == 0
+
+
+def test_a_bucket_smaller_than_a_chunk_never_fills_one() -> None:
+    order = BucketOrder([3, 1000, 255], chunk=256)
+    assert order.left_out == 258 and order.size == 1000
+    assert {order.place(position).bucket for position in range(0, 20_000, 64)} == {1}
+    alone = BucketOrder([3, 40, 40], chunk=256)  # something has to be streamed
+    assert alone.left_out == 43 and {alone.place(position).bucket for position in range(500)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([3, 900, 800], [1, 1, 2]),  # the next in aspect ratio takes them
+        ([3, 900, 4], [1, 1, 1]),
+        ([256, 900, 256], [0, 1, 2]),
+        ([0, 900, 0], [0, 1, 2]),
+        ([200, 100, 900], [1, 1, 2]),  # two that are small make one that is not
+        ([3, 0, 900], [0, 1, 2]),  # 5:3 on 3:5 would lose most of the image
+        ([3, 4, 5], [1, 1, 1]),
+    ],
+)
+def test_small_buckets_go_to_the_nearest_size_within_reach(sizes: list[int], expected: list[int]) -> None:
+    assert merged((WIDE, SQUARE, TALL), sizes, 256) == expected
+
+
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=8), st.integers(1, 300))
+@settings(deadline=None, max_examples=80)
+def test_what_is_merged_is_whole_and_never_cropped_by_more_than_is_said(sizes: list[int], chunk: int) -> None:
+    shapes = bucket_shapes(512, step_px=128, max_aspect=4.0)[: len(sizes)]
+    sizes = sizes[: len(shapes)]
+    target = merged(shapes, sizes, chunk)
+    counts = [sum(size for size, into in zip(sizes, target, strict=True) if into == bucket) for bucket in range(len(shapes))]
+    assert sum(counts) == sum(sizes)
+    for bucket, into in enumerate(target):
+        assert target[into] == into
+        ratio = (shapes[bucket][1] / shapes[bucket][0]) / (shapes[into][1] / shapes[into][0])
+        assert 0.499 < ratio < 2.001
+        if into != bucket:
+            assert sizes[bucket] < chunk

@@ -149,6 +149,14 @@ def test_batches_hold_one_bucket_and_workers_change_nothing(url: str, workers: i
         assert Counter(own[:20]) == Counter(own[20:]) == Counter(f"k{n:03d}" for n in range(60) if n % 3 == i)
 
 
+def test_samples_of_a_size_with_too_few_of_them_are_not_repeated_in_a_batch(url: str) -> None:
+    with pytest.warns(UserWarning, match=r"sizes with fewer samples than a chunk \(32\).* 40 samples are cropped"):
+        stream = Stream([url], intrinsics=(), transform=key_and_shape, buckets=SHAPES, chunk=32, seed=5)
+    seen = [stream[position] for position in range(len(stream))]
+    assert sorted(key for key, _, _ in seen) == [f"k{n:03d}" for n in range(60)]  # each once in an epoch
+    assert len({shape for _, shape, _ in seen}) == 1
+
+
 def test_a_batch_that_would_mix_buckets_is_refused(url: str) -> None:
     stream = Stream([url], intrinsics=(), buckets=SHAPES, chunk=4)
     with pytest.raises(UsageError, match="make the stream's chunk a multiple"):
