@@ -103,7 +103,9 @@ WIDE, SQUARE, TALL = (384, 640), (512, 512), (640, 384)
 def test_an_order_without_small_buckets_is_what_it_has_always_been() -> None:
     order = BucketOrder([100, 0, 64, 300], chunk=64, seed=3)
     found = [order.place(position) for position in range(0, 20 * 64, 64)]
-    golden = "3.0 2.0 3.64 0.0 3.128 3.192 3.256 3.320 3.384 0.64 2.64 3.448 0.128 3.512 3.576 3.640 2.128 3.704 3.768 3.832"
+    golden = (
+        "3.0 2.0 3.64 0.0 3.128 3.192 3.256 3.320 3.384 0.64 2.64 3.448 0.128 3.512 3.576 3.640 2.128 3.704 3.768 3.832"
+    )
     assert " ".join(f"{share.bucket}.{share.position}" for share in found) == golden and order.left_out == 0
 
 
@@ -137,7 +139,9 @@ def test_what_is_merged_is_whole_and_never_cropped_by_more_than_is_said(sizes: l
     shapes = bucket_shapes(512, step_px=128, max_aspect=4.0)[: len(sizes)]
     sizes = sizes[: len(shapes)]
     target = merged(shapes, sizes, chunk)
-    counts = [sum(size for size, into in zip(sizes, target, strict=True) if into == bucket) for bucket in range(len(shapes))]
+    counts = [
+        sum(size for size, into in zip(sizes, target, strict=True) if into == bucket) for bucket in range(len(shapes))
+    ]
     assert sum(counts) == sum(sizes)
     for bucket, into in enumerate(target):
         assert target[into] == into
