@@ -7,6 +7,10 @@ class UserError(Exception):
     exit_status = 1
 
 
+class StoreAway(UserError):
+    """Files cannot be reached now, but may be later: an object store that does not answer, a network disk that is away."""
+
+
 class UsageError(UserError):
     """The command line, a recipe or a setting is wrong. Exit status 2."""
 

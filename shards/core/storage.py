@@ -17,7 +17,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from shards.core.errors import UserError
+from shards.core.errors import StoreAway, UserError
 
 WRITING = ".writing"
 """The subfolder for files on their way to their final name."""
@@ -59,9 +59,11 @@ class Folder:
         try:
             yield
         except OSError as error:
-            raise UserError(_sentence(error, action, self.address(name))) from error
+            kind = StoreAway if _is_away(error, self.local_path is not None) else UserError
+            raise kind(_sentence(error, action, self.address(name))) from error
         except _store_errors() as error:
-            raise UserError(f"cannot {action} {self.address(name)}: {error}") from error
+            kind = StoreAway if _is_away(error, self.local_path is not None) else UserError
+            raise kind(f"cannot {action} {self.address(name)}: {error}") from error
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of a file, or of its range start..end (one range read)."""
@@ -256,7 +258,44 @@ def _sync_folder(path: Path) -> None:
 def _store_errors() -> tuple[type[Exception], ...]:
     """What object stores raise beside OSError: no credentials, no connection, too many retries."""
     botocore = sys.modules.get("botocore.exceptions")  # there only if an S3 address was opened
-    return (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
+    aiohttp = sys.modules.get("aiohttp")  # likewise, of most stores
+    of_s3 = (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
+    return (*of_s3, aiohttp.ClientError) if aiohttp else of_s3
+
+
+_AWAY = frozenset(
+    {
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EREMOTEIO,
+        errno.EBUSY,
+        errno.EAGAIN,
+    }
+)
+"""Errors of a network disk, or of a store, that pass."""
+
+
+def _is_away(error: Exception, is_local: bool) -> bool:
+    """Whether waiting may help: not where a file is missing, or access is refused."""
+    botocore, aiohttp = sys.modules.get("botocore.exceptions"), sys.modules.get("aiohttp")
+    if botocore and isinstance(error, botocore.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return bool(status >= 500 or status == 429)
+    if botocore and isinstance(error, botocore.BotoCoreError):
+        return isinstance(error, (botocore.ConnectionError, botocore.HTTPClientError))
+    if aiohttp and isinstance(error, aiohttp.ClientError):
+        status = getattr(error, "status", 599)
+        return bool(status >= 500 or status == 429)
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if not isinstance(error, OSError) or isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    return error.errno in _AWAY or (not is_local and error.errno in (None, errno.EIO))
 
 
 def _sentence(error: OSError, action: str, address: str) -> str:

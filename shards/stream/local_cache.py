@@ -27,7 +27,8 @@ _STEP, _HIGH, _LOW = 1 / 128, 7 / 8, 3 / 4  # shares of the limit: a step, when 
 class LocalCache:
     """folder: where. limit_bytes: the most that it holds, for up to PROCESSES that write at once.
 
-    A range is named by the file's address, a `version` that changes whenever the file does, and its ends.
+    A range is named by its ends and a `version` of its file that no other content has (a sha256): a dataset that is moved, or
+    whose address is written in another way, finds what was kept of it.
     """
 
     folder: Path
@@ -42,9 +43,9 @@ class LocalCache:
         except OSError as error:
             raise UserError(f"cannot make the cache folder {self.folder}: {error.strerror}") from error
 
-    def read(self, address: str, version: str, start: int, end: int, fetch: Callable[[], bytes]) -> bytes:
+    def read(self, version: str, start: int, end: int, fetch: Callable[[], bytes]) -> bytes:
         """The bytes start..end: from the folder, or by fetch() and then kept. A full disk only means: not kept."""
-        name = hashlib.sha256(f"{address}\0{version}\0{start}\0{end}".encode()).hexdigest()
+        name = hashlib.sha256(f"{version}\0{start}\0{end}".encode()).hexdigest()
         path = self.folder / name[:2] / name
         with contextlib.suppress(OSError):
             data = path.read_bytes()

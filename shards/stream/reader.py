@@ -7,25 +7,34 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from io import FileIO
 from typing import Any
 
 from shards.core.storage import Folder
 from shards.sample import MAX_MEMBER_BYTES, Sample, SampleError
+from shards.tar import BLOCK
+from shards.writer import read_mark
 from shards.stream.local_cache import LocalCache
+from shards.stream.patience import Patience
 from shards.stream.signed import SignedReads
 
 MERGE_BYTES = 1 << 18
 """Members of an object store that lie closer together are fetched by one request: reading on is cheaper than asking again."""
 OPEN_FILES = 64
+_NAME_BYTES = 100
+"""Of a member's name in the header of a tar."""
 
 
 class MemberReader:
-    """Reads samples of one dataset's folder. Threads may share it; processes must each have their own."""
+    """Reads samples of one dataset's folder. Threads may share it; processes must each have their own.
 
-    def __init__(self, url: str, cache: LocalCache | None = None) -> None:
+    wait_s: how long files that are away for a while (StoreAway) are waited for.
+    """
+
+    def __init__(self, url: str, cache: LocalCache | None = None, wait_s: float = 0.0) -> None:
         self.folder = Folder(url)
-        self._cache = cache
+        self._cache, self._patience = cache, Patience(wait_s)
         self._signed = SignedReads(self.folder.fs) if SignedReads.serve(self.folder.url) else None
         self._files: OrderedDict[tuple[str, str], FileIO] = OrderedDict()
 
@@ -41,9 +50,13 @@ class MemberReader:
             file = self._open(f"{mark['shard']}.tar", mark["tar"]["sha256"])
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
+    def mark(self, shard: str) -> dict[str, Any]:
+        """The commit mark of a shard. Raises MarkError when it is damaged."""
+        return self._patience.read(lambda: read_mark(self.folder, shard))
+
     def read(self, mark: Mapping[str, Any], key: str, members: Iterable[str]) -> Sample:
-        """The members of one sample. Raises SampleError where the tar is shorter than its mark says, or for a sample that
-        is larger than a sample may be."""
+        """The members of one sample. Raises SampleError where the tar is not the one that its mark describes, or for a
+        sample that is larger than a sample may be."""
         places = mark["index"][key]
         wanted = sorted((places[name][0], places[name][1], name) for name in members)
         if sum(size for _, size, _ in wanted) > MAX_MEMBER_BYTES:
@@ -51,27 +64,35 @@ class MemberReader:
         found: dict[str, bytes] = {}
         for run in _runs(wanted, 0 if self.is_local else MERGE_BYTES):
             start, end = run[0][0], run[-1][0] + run[-1][1]
-            data = self._range(mark, start, end)
-            if len(data) != end - start:
+            data = self._patience.read(partial(self._range, mark, start - BLOCK, end))
+            if len(data) != end - start + BLOCK:
                 raise SampleError(
                     f"{mark['shard']}.tar is truncated: sample {key} is not whole; run `python -m shards verify`"
                 )
-            if len(run) == 1:
-                found[run[0][2]] = data
-            else:
-                found |= {name: data[offset - start : offset - start + size] for offset, size, name in run}
+            for offset, size, name in run:
+                place = offset - start + BLOCK
+                if data[place - BLOCK : place].partition(b"\0")[0] != f"{key}.{name}".encode()[:_NAME_BYTES]:
+                    raise SampleError(
+                        f"{mark['shard']}.tar is not the one that its mark describes: {key}.{name} is not in its place; was "
+                        "it overwritten? run `python -m shards verify`"
+                    )
+                found[name] = data[place : place + size]
         return Sample(key, found)
 
     def _range(self, mark: Mapping[str, Any], start: int, end: int) -> bytes:
         name = f"{mark['shard']}.tar"
         if self.is_local:
             with self.folder.explained(name, "read"):
-                file = self._open(name, mark["tar"]["sha256"])  # held by this name until its bytes are read
-                return os.pread(file.fileno(), end - start, start)
+                version = mark["tar"]["sha256"]
+                file = self._open(name, version)  # held by this name until its bytes are read
+                try:
+                    return os.pread(file.fileno(), end - start, start)
+                except OSError:
+                    self._files.pop((name, version), None)  # a network disk that comes back wants it opened again
+                    raise
         if self._cache is None:
             return self._fetch(name, start, end)
-        version, address = mark["tar"]["sha256"], self.folder.address(name)
-        return self._cache.read(address, version, start, end, lambda: self._fetch(name, start, end))
+        return self._cache.read(mark["tar"]["sha256"], start, end, lambda: self._fetch(name, start, end))
 
     def _fetch(self, name: str, start: int, end: int) -> bytes:
         """A range from an object store."""

@@ -6,7 +6,6 @@ never change the order. Positions are those of shards.stream.order; starting at 
 
 import contextlib
 import os
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from shards.core.cores import cores
-from shards.core.errors import UsageError, UserError
+from shards.core.errors import StoreAway, UsageError, UserError
 from shards.dataset import Dataset
 from shards.intrinsics import INTRINSICS, Empty, IntrinsicMap, MapError
 from shards.marks import shard_name
-from shards.sample import Sample, SampleError
+from shards.sample import Sample
 from shards.stream.buckets import Shape
 from shards.stream.local_cache import LocalCache
 from shards.stream.order import Mixture, Place
+from shards.stream.patience import loader_worker
 from shards.stream.reader import MemberReader
 from shards.stream.view import Choice, View
 
@@ -62,9 +62,10 @@ class Stream:
     extras: further members to hand out undecoded. transform: applied to each Item, with a generator that depends on (seed,
     position) alone. where, keep: which samples take part (shards.stream.select). buckets: sizes (height, width) to sort images
     by; then `chunk` consecutive positions share a bucket, and the global batch (batch x ranks) must divide it.
-    cache: keeps what is fetched from an object store on a local disk.
-    A corrupt sample is skipped: the next position's sample stands in for it, and Item.skipped names it. (With buckets: the
-    next one of its chunk.)
+    cache: keeps what is fetched from an object store on a local disk. wait_s: how long a store, or a network disk, that
+    cannot be reached is waited for; then StoreAway is raised.
+    A sample that is corrupt, or whose file is missing, is skipped: the next position's sample stands in for it, and
+    Item.skipped names it. (With buckets: the next one of its chunk.)
     """
 
     urls: Sequence[str]
@@ -82,6 +83,7 @@ class Stream:
     chunk: int = 64
     keep: str | None = None
     cache: LocalCache | None = None
+    wait_s: float = 600.0
     _process: "_Process | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +168,7 @@ class Stream:
     def _here(self) -> "_Process":
         """This process's own files and threads: a forked loader worker must not use those of its parent."""
         if self._process is None or self._process.pid != os.getpid():
-            self._process = _Process(self.urls, self.cache)
+            self._process = _Process(self.urls, self.cache, self.wait_s)
         return self._process
 
     def _keys(self, dataset: int, shard: int) -> tuple[dict[str, Any], list[str]]:
@@ -174,7 +176,7 @@ class Stream:
         marks, name = self._here.marks, (dataset, shard)
         found = marks.get(name)
         if found is None:
-            mark = Dataset(self._here.readers[dataset].folder, {}).mark(shard_name(shard))
+            mark = self._here.readers[dataset].mark(shard_name(shard))
             found = marks[name] = mark, sorted(mark["index"])
             while len(marks) > 2 * self.window * len(self.urls):
                 marks.popitem(last=False)
@@ -201,14 +203,22 @@ class Stream:
                 sample = self._here.take(candidate, self._read)
                 shape = tuple(self.buckets[bucket]) if self.buckets else None
                 item = self._decode(sample, position, tuple(skipped), shape, empty)
-            except (SampleError, MapError) as error:
-                key = self._keys(dataset, place.shard)[1][place.row]
-                skipped.append(f"{self.urls[dataset]}/{shard_name(place.shard)}.tar {key}: {error}")
+            except StoreAway:
+                raise
+            except (UserError, MapError) as error:  # a sample or its file: all that is left out is said
+                skipped.append(f"{self.urls[dataset]}/{shard_name(place.shard)}.tar {self._name(candidate)}: {error}")
                 continue
             return (
                 item if self.transform is None else self.transform(item, np.random.default_rng([self.seed, position]))
             )
-        raise UserError(f"{len(skipped)} samples in a row are corrupt, beginning with {skipped[0]}")
+        raise UserError(f"{len(skipped)} samples in a row cannot be read, beginning with {skipped[0]}")
+
+    def _name(self, position: int) -> str:
+        """The key at a position, or which row it is where the shard's mark cannot be read either."""
+        try:
+            return self.key(position)
+        except UserError:
+            return f"row {self._place(position)[2].row}"
 
     def _members(self, dataset: int) -> list[str]:
         wanted = {"txt", "json", *self.extras, *(INTRINSICS[name].member for name in self.intrinsics)}
@@ -240,9 +250,9 @@ def _about_small_buckets(url: str, chunk: int, view: View) -> str:
 class _Process:
     """What belongs to one process: open files, the marks it knows, its threads, and reads that are on their way."""
 
-    def __init__(self, urls: Sequence[str], cache: LocalCache | None) -> None:
+    def __init__(self, urls: Sequence[str], cache: LocalCache | None, wait_s: float) -> None:
         self.pid = os.getpid()
-        self.readers = [MemberReader(url, cache) for url in urls]
+        self.readers = [MemberReader(url, cache, wait_s) for url in urls]
         self.marks: OrderedDict[tuple[int, int], tuple[dict[str, Any], list[str]]] = OrderedDict()
         threads = _decoders()
         self.decoders = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
@@ -280,10 +290,5 @@ class _Process:
 
 def _decoders() -> int:
     """Threads that decode: the cores of this machine, shared among a DataLoader's workers."""
-    workers = 1
-    if "torch" in sys.modules:
-        from torch.utils.data import get_worker_info
-
-        info = get_worker_info()
-        workers = info.num_workers if info is not None else 1
+    _, workers = loader_worker()
     return max(1, min(MAX_DECODERS, cores() // workers))

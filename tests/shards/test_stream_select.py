@@ -357,7 +357,7 @@ def test_a_cache_keeps_to_its_limit_and_what_was_used_last(tmp_path: Path) -> No
             fetched.append(i)
             return bytes([i % 256]) * 8000
 
-        return cache.read("s3://a/b.tar", "v1", i * 8000, (i + 1) * 8000, fetch)
+        return cache.read("v1", i * 8000, (i + 1) * 8000, fetch)
 
     for i in range(300):
         assert read(i) == bytes([i % 256]) * 8000
@@ -367,15 +367,15 @@ def test_a_cache_keeps_to_its_limit_and_what_was_used_last(tmp_path: Path) -> No
     assert fetched == list(range(300))
     read(299)
     assert len(fetched) == 300
-    assert cache.read("s3://a/b.tar", "v2", 0, 1, lambda: b"x") == b"x"  # another version of the file
+    assert cache.read("v2", 0, 1, lambda: b"x") == b"x"  # another version of the file
 
 
 def test_a_damaged_file_of_a_cache_is_fetched_again(tmp_path: Path) -> None:
     cache = LocalCache(tmp_path, 1 << 20)
-    assert cache.read("a", "v", 0, 4, lambda: b"good") == b"good"
+    assert cache.read("v", 0, 4, lambda: b"good") == b"good"
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
     file.write_bytes(b"evil" + file.read_bytes()[4:])
-    assert cache.read("a", "v", 0, 4, lambda: b"good") == b"good"
+    assert cache.read("v", 0, 4, lambda: b"good") == b"good"
 
 
 def test_many_writers_share_a_cache(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_many_writers_share_a_cache(tmp_path: Path) -> None:
         cache = LocalCache(tmp_path, 1 << 20)
         for i in range(150):
             data = bytes([i]) * 8000
-            if cache.read("a", "v", i, i + 8000, lambda data=data: data) != data:  # type: ignore[misc]
+            if cache.read("v", i, i + 8000, lambda data=data: data) != data:  # type: ignore[misc]
                 wrong.append(i)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -401,7 +401,7 @@ def test_a_writer_waits_while_another_tidies_a_cache(tmp_path: Path) -> None:
 
     def work() -> None:
         for i in range(10):
-            cache.read("a", "v", i, i + 8000, lambda: bytes(8000))
+            cache.read("v", i, i + 8000, lambda: bytes(8000))
 
     thread = threading.Thread(target=work)
     with (tmp_path / ".lock").open("w") as lock:
