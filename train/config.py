@@ -51,11 +51,15 @@ class DataConfig:
     window: int = 16
     workers: int = 4
     memory_gb: float = 2.0
+    max_broken: float = 0.05
+    """Share of the samples seen (at least of 1,000, or of a smaller dataset) that may be unreadable before the run stops."""
+    store_wait_s: float = 600.0
+    """How long an object store or a network disk that is away is waited for before the run saves and ends."""
 
     def __post_init__(self) -> None:
-        _check("data", self, ("size_px", "validation", "window"), ("flip", "held_out"))
-        if self.workers < 0 or self.memory_gb < 0:
-            raise UsageError("data.workers and data.memory_gb must not be negative")
+        _check("data", self, ("size_px", "validation", "window"), ("flip", "held_out", "max_broken"))
+        if self.workers < 0 or self.memory_gb < 0 or self.store_wait_s < 0:
+            raise UsageError("data.workers, data.memory_gb and data.store_wait_s must not be negative")
         if self.size_px % 8:
             raise UsageError(f"data.size_px = {self.size_px}; it must be a multiple of 8, which a latent stands for")
 
@@ -112,6 +116,8 @@ class LoopConfig:
 
 BOOKKEEPING = {"checkpoint_every", "keep", "validate_every", "sheets", "log_every", "wandb"}
 """Settings of LoopConfig that a resumed run may change: what comes out does not depend on them."""
+DATA_BOOKKEEPING = {"workers", "memory_gb", "max_broken", "store_wait_s"}
+"""The same of DataConfig."""
 _PER_PROCESS = {"batch", "accumulate"}  # only the samples of a whole step decide
 
 
@@ -242,7 +248,7 @@ class TrainConfig:
             table.pop(name, None)
         if table.get("known_stream") == 0:
             table.pop("known_stream")  # as checkpoints from before this setting have it
-        data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in ("workers", "memory_gb")}
+        data = {k: v for k, v in dataclasses.asdict(self.data).items() if k not in DATA_BOOKKEEPING}
         made_of = {"shards": list(self.shards), "start": self.start, "data": data}
         return {"stage": stage, "seed": self.seed, **made_of, **table, "loop": kept}
 

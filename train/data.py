@@ -189,6 +189,7 @@ class Samples:
     caches: Caches | None = None
     _kept: dict[tuple[int, bool, str], Sample] = field(default_factory=dict, repr=False)
     _is_read: bool = field(default=False, repr=False)
+    _loader: StreamLoader | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         share = self.config.held_out
@@ -232,6 +233,7 @@ class Samples:
             window=self.config.window,
             shuffle=shuffle,
             where=(*self.config.where, split),
+            wait_s=self.config.store_wait_s,
             keep=self.keep,
             images=self.caches is None,
             intrinsics=tuple(INTRINSICS) if self.caches is None else (),
@@ -254,7 +256,7 @@ class Samples:
         return self.caches is None and self.config.crop == "center" and needed <= self.config.memory_gb * 2**30
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}
+        return self.__dict__ | {"_kept": {}, "_loader": None}
 
     def _prepare(self, item: Item, rng: np.random.Generator) -> Sample:
         if self.caches is not None:
@@ -336,6 +338,12 @@ class Samples:
         count = min(self.config.validation, len(self._held_out))
         return self._held_out.__getitems__(range(count))
 
+    def stop_waiting(self) -> None:
+        """No more batches are wanted: nothing waits any longer for files that are away."""
+        self.stream.stop_waiting()
+        if self._loader is not None:
+            self._loader.kill_workers()
+
     def batches(self, sampler: Sampler, draw: Draw = _nothing) -> Iterator[Batch]:
         """The batches of one rank from sampler.consumed on, made ahead by a thread or by loader processes, with what `draw`
         draws for them. A GPU that learns from latents is faster than a process that draws: with what was read ahead, loader
@@ -343,10 +351,12 @@ class Samples:
         own = dataclasses.replace(sampler)  # a loader counts what it hands out, training what it has learned from
         options: dict[str, Any] = {"num_workers": self.config.workers, "prefetch_factor": AHEAD}
         if self.config.workers and self._is_read:
-            for [(positions, names, drawn)] in StreamLoader(_Planned(self, draw), own, **options):
+            self._loader = StreamLoader(_Planned(self, draw), own, **options)
+            for [(positions, names, drawn)] in self._loader:
                 yield Batch(self._remembered(positions, names), drawn)
         elif self.config.workers and not self.in_memory:
-            for samples in StreamLoader(self, own, **options):
+            self._loader = StreamLoader(self, own, **options)
+            for samples in self._loader:
                 yield Batch(samples, draw([sample.position for sample in samples]))
         else:
             with ThreadPoolExecutor(1) as pool:

@@ -5,6 +5,7 @@ was killed and resumed gives, on the CPU, bit for bit what an undisturbed one gi
 """
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from train.identity import Identity
 from train.log import HELD_OUT, TRAINED_ON, Log, measured_figures
 from train.muon import StackedMuon
 from train.stop import Stop
+from train.supply import BrokenData, Supply
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def train(
     signal cuts it short. Raises UserError when a checkpoint does not fit, when a loss is not finite (naming the samples), and
     when a checkpoint cannot be written.
     """
+    addresses, contents = list(samples.urls), samples.contents()
+    identity = dataclasses.replace(identity, settings={**identity.settings, "shards": contents})
     document = identity.document()
     trainable = task.trainable()
     parameters = list(trainable.values())
@@ -127,13 +131,22 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", loop.keep)
     resumed = checkpoints.load()
     if resumed is not None:
-        identity.check(resumed.identity, checkpoints.folder)
+        made_with = dict(resumed.identity)
+        if made_with.get("shards") == addresses:  # an older checkpoint, which knows datasets by their addresses
+            made_with["shards"] = contents
+        identity.check(made_with, checkpoints.folder)
         _check_steps(resumed.step, loop.steps, checkpoints.folder)
         _copy(trainable, resumed.weights)
         _copy(dict(zip(trainable, average, strict=True)), resumed.average)
         restore_optimiser(optimiser, resumed.optimiser)
-    first_step, skipped = (resumed.step, set(resumed.skipped)) if resumed else (0, set[str]())
+    first_step = saved = resumed.step if resumed else 0
     world, main = accelerator.num_processes, accelerator.is_main_process
+    broken = BrokenData(
+        resumed.skipped if resumed else (),
+        seen=resumed.consumed // world if resumed else 0,
+        epoch=len(samples) // world,
+        max_broken=samples.config.max_broken,
+    )
     sampler = Sampler(
         batch=loop.batch,
         rank=accelerator.process_index,
@@ -152,6 +165,8 @@ def train(
     since, seen, began = time.monotonic(), 0, time.monotonic()
 
     def save(step: int) -> None:
+        nonlocal saved
+        saved = step
         if main:
             checkpoints.save(
                 Checkpoint(
@@ -161,7 +176,7 @@ def train(
                     average=dict(zip(trainable, average, strict=True)),
                     optimiser=optimiser_tensors(optimiser),
                     identity=document,
-                    skipped=tuple(sorted(skipped)),
+                    skipped=broken.entries,
                     result=result or {},
                 )
             )
@@ -181,27 +196,34 @@ def train(
             checkpoints.set_score(step, found.score)
         accelerator.wait_for_everyone()
 
-    stop = Stop()
+    supply = Supply(samples, samples.batches(sampler, task.draw), broken, accelerator)
+    stop = Stop(then=supply.interrupt)
     with _progress(task.name, loop.steps, first_step, shown=main) as progress, stop:
         if first_step == 0 or unmeasured:
             measure(first_step)  # what a signal left out is made up for
         measured = unmeasured or (resumed is not None and resumed.score is not None)
-        batches = samples.batches(sampler, task.draw)
         step, unchecked = first_step, None
         while step < loop.steps:
+            batches = supply.take(loop.accumulate)
+            if batches is None:
+                check(unchecked)
+                if step > saved:
+                    save(step)
+                if supply.trouble is not None:
+                    raise _ended(supply.trouble, checkpoints) from supply.trouble
+                break
+
             torch.manual_seed(seed * 1_000_003 + step * world + accelerator.process_index)  # for dropout, if any
             for group in optimiser.param_groups:
                 group["lr"] = loop.rate(step)
             taken: Taken = []
-            for number in range(loop.accumulate):
-                batch = next(batches)
+            for number, batch in enumerate(batches):
                 last = number + 1 == loop.accumulate
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     with torch.autocast(accelerator.device.type, amp, enabled=amp != torch.float32):
                         terms = task.losses(module, batch)
                     (terms["loss"].mean() / loop.accumulate).backward()
                 taken.append((batch, {name: value.detach() for name, value in terms.items()}))
-                skipped.update(entry for sample in batch.samples for entry in sample.skipped)
             norm = nn.utils.clip_grad_norm_(parameters, loop.clip)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -218,7 +240,7 @@ def train(
                 speed = seen / max(time.monotonic() - since, 1e-9)
                 if log is not None:
                     values |= {"grad_norm": float(norm), "rate": loop.rate(step - 1), "samples_per_s": speed}
-                    log.step(step, values)
+                    log.step(step, values | ({"broken_samples": len(broken)} if len(broken) else {}))
 
             stopped = stop.asked(world, accelerator.device)
             measured = _is_measured(step, loop) and not stopped
@@ -237,8 +259,8 @@ def train(
         if finished and main:
             finish(dict(zip(trainable, average, strict=True)), step)
         accelerator.wait_for_everyone()
-    for entry in sorted(skipped) if main else ():
-        print(f"note: skipped a corrupt sample: {entry}", file=sys.stderr)
+    for file, count in broken.files.most_common() if main else ():
+        print(f"note: {count} samples of {file} could not be read", file=sys.stderr)
     seconds, figures = time.monotonic() - began, measured_figures(folder)
     return Outcome(
         finished=finished,
@@ -251,7 +273,7 @@ def train(
         seconds=seconds,
         samples_per_s=seen / seconds,
         holds_out=samples.holds_out,
-        skipped=tuple(sorted(skipped)),
+        skipped=broken.entries,
     )
 
 
@@ -315,6 +337,13 @@ def _say_what_is_measured(samples: Samples) -> None:
 
 def _is_measured(step: int, loop: LoopConfig) -> bool:
     return step == loop.steps or step % loop.validate_every == 0
+
+
+def _ended(trouble: UserError, checkpoints: Checkpoints) -> UserError:
+    """The error of a run that ended for want of data."""
+    steps = checkpoints.steps()
+    kept = f"step {steps[-1]} is saved, and the same command continues" if steps else "no step was made yet"
+    return UserError(f"{trouble}; {kept}")
 
 
 def _check_steps(made: int, wanted: int, folder: Path) -> None:

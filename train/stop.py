@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ class Stop:
     Whatever must not be cut short (a step, a checkpoint, the run folder) happens inside, and asks between its parts.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        """then: called once the first signal is noted; what it raises ends what the main thread is at."""
+        self._asked, self._then = False, then
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -35,6 +37,7 @@ class Stop:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
+        self._then()
 
     def asked(self, world: int = 1, device: torch.device | None = None) -> bool:
         """Whether any of `world` processes was asked to stop: all must agree on the step, so each of them calls this."""

@@ -219,15 +219,22 @@ class StreamLoader(DataLoader):
         else:
             super().__init__(stream, batch_sampler=sampler, collate_fn=collate or list, **options)  # type: ignore[arg-type]
         self._sampler = sampler
+        self._running: Any = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches from the sampler's `consumed` on. A batch counts as consumed as soon as it is handed out."""
-        for batch in super().__iter__():
+        self._running = super().__iter__()
+        for batch in self._running:
             self._sampler.advance()
             if not self._packs:
                 yield batch
             else:
                 yield batch.open()[0] if self._collates else batch.open()
+
+    def kill_workers(self) -> None:
+        """Ends the worker processes at once, whatever they wait for. No batch comes after that."""
+        for worker in getattr(self._running, "_workers", ()):
+            worker.kill()
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: after the last batch that was handed out."""

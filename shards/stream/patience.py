@@ -12,12 +12,6 @@ from shards.core.errors import StoreAway
 T = TypeVar("T")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-_stopped = threading.Event()
-
-
-def stop_waiting() -> None:
-    """Ends all waiting in this process, now and later: it is about to end."""
-    _stopped.set()
 
 
 @dataclass
@@ -28,6 +22,11 @@ class Patience:
     """Seconds; 0 never waits."""
     _since: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """Ends all waiting, now and later: nobody wants the files any more."""
+        self._stopped.set()
 
     def read(self, fetch: Callable[[], T]) -> T:
         """What `fetch` gives. Raises StoreAway where the store stays away for too long; other errors at once."""
@@ -37,7 +36,7 @@ class Patience:
                 found = fetch()
             except StoreAway as error:
                 self._note_away(error)
-                if _stopped.wait(pause):
+                if self._stopped.wait(pause):
                     raise
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue

@@ -50,6 +50,10 @@ class MemberReader:
             file = self._open(f"{mark['shard']}.tar", mark["tar"]["sha256"])
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
+    def stop_waiting(self) -> None:
+        """Files that are away are waited for no longer."""
+        self._patience.stop()
+
     def mark(self, shard: str) -> dict[str, Any]:
         """The commit mark of a shard. Raises MarkError when it is damaged."""
         return self._patience.read(lambda: read_mark(self.folder, shard))

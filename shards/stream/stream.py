@@ -146,6 +146,12 @@ class Stream:
         make = partial(self._item, empty=empty)
         yield from here.decoders.map(make, positions) if here.decoders else map(make, positions)
 
+    def stop_waiting(self) -> None:
+        """Files that are away are waited for no longer by this process: it wants no more samples."""
+        if self._process is not None:
+            for reader in self._process.readers:
+                reader.stop_waiting()
+
     def key(self, position: int) -> str:
         """The key at a position, by the index alone."""
         dataset, _, place = self._place(position)

@@ -135,15 +135,15 @@ def test_a_store_that_stays_away_ends_the_stream_after_the_limit_and_skips_nothi
         stream[0]
 
 
-def test_waiting_ends_at_once_when_the_process_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "_stopped", threading.Event())
+def test_waiting_ends_at_once_when_it_is_told_to() -> None:
+    patience = Patience(3600)
 
     def away() -> None:
-        waiting.stop_waiting()
+        patience.stop()
         raise StoreAway("the store is away")
 
     with pytest.raises(StoreAway):
-        Patience(3600).read(away)
+        patience.read(away)
 
 
 def test_what_waiting_cannot_mend_is_raised_at_once() -> None:
