@@ -8,10 +8,13 @@ from typing import Any
 from shards.core.errors import UserError
 from shards.core.storage import Folder
 from shards.intrinsics import DEPTH_KINDS
-from shards.marks import DATASET, VERSION, MarkError, is_count, mark_faults, seal, shortened, unseal
+from shards.marks import DATASET, VERSION, MarkError, digest, is_count, mark_faults, seal, shard_name, shortened, unseal
 from shards.sample import IMAGE_MEMBERS, MAX_MEMBER_BYTES, Sample, SampleError, member_names
 from shards.tar import read_samples
 from shards.writer import read_mark
+
+_LOOKED_AT = 16
+"""Shards whose marks content_id reads."""
 
 
 class Dataset:
@@ -45,6 +48,22 @@ class Dataset:
     def complete(self) -> bool:
         """Whether the run that makes this dataset has ended."""
         return self.info["totals"] is not None
+
+    def content_id(self) -> str:
+        """What a complete dataset holds, in words and a digest: the same wherever it lies and however its address is written.
+
+        Of what decides its samples and their order: settings, counts, and of up to 16 shards, evenly spread, the inputs and
+        the keys. Caches that are added later (`python -m train cache`) do not change it.
+        """
+        info, count = self.info, len(self.info["totals"]["shards"])
+        spread = sorted({round(i * (count - 1) / max(1, _LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if count else []
+        marks = [self.mark(shard_name(index)) for index in spread]
+        content = {
+            **{name: info.get(name) for name in ("config", "estimators", "image", "totals")},
+            "units": [mark["made"].get("unit") for mark in marks],
+            "keys": [digest({"keys": sorted(mark["index"])}) for mark in marks],
+        }
+        return f"{info['totals']['ok']} samples, {digest(content)[:16]}"
 
     def shard_names(self) -> list[str]:
         """The names of all committed shards, in order."""

@@ -240,6 +240,10 @@ class Samples:
             extras=() if self.caches is None else (LATENTS, TEXT),
         )
 
+    def contents(self) -> list[str]:
+        """What the datasets hold, for a training's identity: it may go on when they were moved."""
+        return [dataset.content_id() for dataset in self.stream.datasets]
+
     def __len__(self) -> int:
         """Training samples of an epoch."""
         return len(self.stream)

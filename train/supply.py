@@ -1,4 +1,4 @@
-"""The batches of each step, and what ends a training for want of them: a store that stays away, or data that breaks under it."""
+"""The batches of each step, and what ends a training for want of them: a store that stays away, or data that breaks."""
 
 import sys
 from collections import Counter
@@ -82,7 +82,9 @@ class BrokenData:
 class Supply:
     """Hands out the batches of one step after the other. All processes agree on where they end."""
 
-    def __init__(self, samples: Samples, batches: Iterator[Batch], broken: BrokenData, accelerator: Accelerator) -> None:
+    def __init__(
+        self, samples: Samples, batches: Iterator[Batch], broken: BrokenData, accelerator: Accelerator
+    ) -> None:
         self._samples, self._batches, self.broken, self._accelerator = samples, batches, broken, accelerator
         self.trouble: UserError | None = None
         """Why there are no more batches; None if a signal ended them."""

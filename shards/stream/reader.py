@@ -13,11 +13,11 @@ from typing import Any
 
 from shards.core.storage import Folder
 from shards.sample import MAX_MEMBER_BYTES, Sample, SampleError
-from shards.tar import BLOCK
-from shards.writer import read_mark
 from shards.stream.local_cache import LocalCache
 from shards.stream.patience import Patience
 from shards.stream.signed import SignedReads
+from shards.tar import BLOCK
+from shards.writer import read_mark
 
 MERGE_BYTES = 1 << 18
 """Members of an object store that lie closer together are fetched by one request: reading on is cheaper than asking again."""

@@ -4,18 +4,15 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from shards.core.errors import StoreAway, UserError
 from shards.dataset import Dataset
 from shards.stream import Item, Stream
-from shards.stream import patience as waiting
 from shards.stream.patience import Patience
 from tests.support import labelled
+from tests.support.shaky import Shaky, shaky
 
 
 @pytest.fixture
@@ -82,36 +79,11 @@ def test_a_dataset_that_is_gone_as_a_whole_ends_the_stream(url: str) -> None:
 # ---- stores that are away --------------------------------------------------------------------------------------------
 
 
-class Shaky(MemoryFileSystem):
-    """A store in memory that answers nothing while it is down."""
-
-    protocol = "shaky"
-    store: dict[str, Any] = {}  # noqa: RUF012 (of the class, as in the base)
-    pseudo_dirs = [""]  # noqa: RUF012
-    down = threading.Event()
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        stripped: str = super()._strip_protocol(path.replace("shaky://", "memory://"))
-        return stripped
-
-    def cat_file(self, path: str, **options: Any) -> bytes:
-        if self.down.is_set():
-            raise ConnectionResetError(104, "Connection reset by peer")
-        data: bytes = super().cat_file(path, **options)
-        return data
-
-
 @pytest.fixture
-def remote(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def remote(url: str) -> Iterator[str]:
     """The same dataset in a store that can be down."""
-    fsspec.register_implementation("shaky", Shaky, clobber=True)
-    monkeypatch.setattr(waiting, "FIRST_PAUSE_S", 0.05)
-    store = fsspec.filesystem("shaky")
-    store.put(url, "/data", recursive=True)
-    yield "shaky://data"
-    Shaky.down.clear()
-    store.rm("/data", recursive=True)
+    with shaky(url) as remote:
+        yield remote
 
 
 def test_a_store_that_comes_back_within_the_limit_costs_nothing_but_time(
