@@ -97,7 +97,10 @@ REASONS: dict[str, Reason] = {
     "too_elongated": Reason("decode", "the longer side is more than max_aspect times the shorter one"),
     "too_many_scans": Reason("decode", "a progressive JPEG of so many scans that decoding it would take minutes"),
     "out_of_memory": Reason("decode", "there was not enough memory to decode the image"),
-    "killed_worker": Reason("decode", "decoding or estimating this image killed its worker, or held it up for run.stall_limit_s, alone with it, twice"),
+    "killed_worker": Reason(
+        "decode",
+        "decoding or estimating this image killed its worker, or held it up for run.stall_limit_s, alone with it, twice",
+    ),
     # estimating
     "estimator_failed": Reason(
         "estimate", "an estimator could not cope with this image; its own words are in the message"

@@ -21,6 +21,7 @@ from tests.support.shaky import Shaky, shaky
 from train.config import LoopConfig
 from train.data import Samples
 from train.engine import Outcome, make_accelerator, train
+from train.identity import Identity
 from train.log import read_log
 from train.supply import FEWEST, BrokenData, TooMuchBroken
 
@@ -56,7 +57,7 @@ def run(shards: str, folder: Path, *settings: str, at: int = 0, then: Callable[[
         Samples(config.shards, config.data, seed=0),
         accelerator=make_accelerator(),
         folder=folder,
-        identity={"batch": 1},
+        identity=Identity(settings={"batch": 1}),
         seed=0,
     )
 
