@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shards.core.errors import UserError
 from shards.core.memory import keep_memory
 from shards.intrinsics import Empty
 from shards.stream.order import Sampler
@@ -196,11 +197,21 @@ class _Packed(Dataset[Block]):
     def __init__(self, items: Items, collate: Callable[[list[Any]], Any] | None) -> None:
         self._items, self._collate, self._blocks = items, collate, Blocks()
 
-    def __getitems__(self, positions: Sequence[int]) -> Block:
+    def __getitems__(self, positions: Sequence[int]) -> "Block | _Raised":
         collate = self._collate
-        if collate is None:
-            return Block.of(partial(self._items.iterate, positions), self._blocks)
-        return Block.of(lambda _: [collate(list(self._items.iterate(positions)))], self._blocks)
+        try:
+            if collate is None:
+                return Block.of(partial(self._items.iterate, positions), self._blocks)
+            return Block.of(lambda _: [collate(list(self._items.iterate(positions)))], self._blocks)
+        except UserError as error:
+            return _Raised(error)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """In place of a batch: what a worker raised for the user. torch itself would put a traceback into the message."""
+
+    error: UserError
 
 
 class StreamLoader(DataLoader):
@@ -225,6 +236,8 @@ class StreamLoader(DataLoader):
         """Batches from the sampler's `consumed` on. A batch counts as consumed as soon as it is handed out."""
         self._running = super().__iter__()
         for batch in self._running:
+            if isinstance(batch, _Raised):
+                raise batch.error
             self._sampler.advance()
             if not self._packs:
                 yield batch
@@ -245,7 +258,7 @@ class StreamLoader(DataLoader):
         self._sampler.load_state_dict(state)
 
 
-def _as_it_is(block: Block) -> Block:
+def _as_it_is(block: Block | _Raised) -> Block | _Raised:
     return block
 
 

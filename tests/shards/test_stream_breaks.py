@@ -10,6 +10,8 @@ import pytest
 from shards.core.errors import StoreAway, UserError
 from shards.dataset import Dataset
 from shards.stream import Item, Stream
+from shards.stream.loader import StreamLoader
+from shards.stream.order import Sampler
 from shards.stream.patience import Patience
 from tests.support import labelled
 from tests.support.shaky import Shaky, shaky
@@ -74,6 +76,14 @@ def test_a_dataset_that_is_gone_as_a_whole_ends_the_stream(url: str) -> None:
     shutil.rmtree(url)
     with pytest.raises(UserError, match=r"20 samples in a row cannot be read, beginning with .*000"):
         stream[0]
+
+
+def test_an_error_comes_out_of_a_loader_process_as_it_was_raised(url: str) -> None:
+    stream = Stream([url], intrinsics=(), images=False, max_skips=20)
+    loader = StreamLoader(stream, Sampler(batch=2, samples=8), num_workers=1)
+    shutil.rmtree(url)
+    with pytest.raises(UserError, match=r"\A20 samples in a row cannot be read, beginning with [^\n]*\Z"):
+        list(loader)
 
 
 # ---- stores that are away --------------------------------------------------------------------------------------------
