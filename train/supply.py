@@ -95,6 +95,7 @@ class Supply:
         """For a handler of signals: ends the waiting for a batch, and nothing else."""
         if self.waits:
             self.waits = False
+            self._samples.stop_waiting()  # first: threads that wait would be waited for
             raise Interrupted
 
     def take(self, count: int) -> list[Batch] | None:

@@ -90,7 +90,7 @@ def test_a_broken_tar_is_said_once_when_it_happens_and_counted_once_for_each_sam
 
 def test_above_the_share_the_run_stops_with_the_files_and_is_saved(shards: str, tmp_path: Path) -> None:
     def remove() -> None:
-        for tar in Path(shards).glob("*.tar"):
+        for tar in sorted(Path(shards).glob("*.tar"))[:2]:
             tar.write_bytes(b"")
 
     with pytest.raises(
