@@ -30,8 +30,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, WebPImagePlugin
 
-from extract.images import sniff
+from extract.images import damage, jpeg, sniff
 from extract.images.colour import to_srgb
+from extract.images.jpeg import DamagedImage
 from extract.reasons import REASONS
 from shards.core.errors import UsageError
 
@@ -207,6 +208,9 @@ def _decoder_errors_named(data: bytes, name: str) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise ImageProblem("too_many_pixels", str(error)) from error
+    except DamagedImage as error:
+        words = f"this {name} is damaged: {error}"
+        raise ImageProblem("truncated" if error.cut_off else "corrupt", words) from error
     except _DECODER_ERRORS as error:
         words = str(error).strip() or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):  # its message is the address of a buffer
@@ -237,6 +241,8 @@ def _identify(data: bytes, rules: ImageRules) -> sniff.Kind:
         raise ImageProblem("truncated", f"this {kind.name} ends before its last part")
     if kind.name == "png" and sniff.png_is_damaged(data):
         raise ImageProblem("corrupt", "this png is damaged: a checksum is wrong")
+    with _decoder_errors_named(data, kind.name):
+        damage.check_file(data, kind.name)
     return kind
 
 
@@ -275,8 +281,12 @@ def _load(opened: Image.Image, data: bytes, kind: str, rules: ImageRules) -> _Lo
             # change nothing to be seen before Lanczos.
             shrink = (1 if rules.resample == "area" else 2) * rules.size_px / min(opened.size)
             opened.draft(None, (max(1, round(opened.width * shrink)), max(1, round(opened.height * shrink))))
-    opened.load()
-    loaded.image, loaded.alpha = _simplify(opened)
+    image = jpeg.decode(data, opened.mode, opened.size, opened.size != loaded.size) if kind == "jpeg" else None
+    if image is None:
+        opened.load()
+        damage.check_pixels(opened, data, kind)
+        image = opened
+    loaded.image, loaded.alpha = _simplify(image)
     turned = loaded.orientation >= 5
     if kind != "tiff" and loaded.orientation != 1:  # Pillow has turned a TIFF upright already
         loaded.image = loaded.image.transpose(_TURNS[loaded.orientation])

@@ -1,6 +1,7 @@
 """What a file is, told by its first bytes and never by its name; and header checks that are made before any decoding."""
 
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,8 +10,10 @@ _TEXT_START = rb"(?:\xef\xbb\xbf)?\s*"
 _AVIF_BRANDS = rb"....ftyp(?:avif|avis|(?:mif1|msf1).{4}(?:....)*?avi[fs])"
 _SOF_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended and progressive: what every JPEG reader can decode
 _SOF_SEQUENTIAL = frozenset({0xC0, 0xC1})
-_SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+SOF_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI = 0xDA, 0xD9
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 class Kind(NamedTuple):
@@ -100,7 +103,7 @@ def jpeg_header(data: bytes) -> JpegHeader:
         if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
             position += 1 if marker == 0xFF else 2
             continue
-        if marker in _SOF_ALL:
+        if marker in SOF_ALL:
             portable = marker in _SOF_HUFFMAN
             frames.append((marker, int.from_bytes(data[position + 9 : position + 10], "big")))
         position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
@@ -151,7 +154,7 @@ def is_cut_off(data: bytes, name: str) -> bool:
 
 
 def _png_has_end(data: bytes) -> bool:
-    return any(kind == b"IEND" for kind, _, _ in _png_chunks(data))
+    return any(kind == b"IEND" for kind, _, _ in png_chunks(data))
 
 
 def png_is_damaged(data: bytes) -> bool:
@@ -159,11 +162,11 @@ def png_is_damaged(data: bytes) -> bool:
     view = memoryview(data)
     return any(
         kind in (b"IHDR", b"PLTE", b"IDAT") and zlib.crc32(view[start - 4 : end]) != _int32(data[end : end + 4])
-        for kind, start, end in _png_chunks(data)
+        for kind, start, end in png_chunks(data)
     )
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(kind, start and end of its content) of each chunk that is there as a whole."""
     position = 8
     while (end := position + 8 + _int32(data[position : position + 4])) + 4 <= len(data):
@@ -172,6 +175,46 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         if kind == b"IEND":
             return
         position = end + 4
+
+
+def png_data_size(header: bytes) -> int:
+    """How many bytes the pixels of a PNG are before compression, by the content of its IHDR."""
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", header)
+    bits_per_pixel = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 0)
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)  # first column and row, and steps
+    size = 0
+    for x, y, step_x, step_y in passes:
+        columns, rows = -(-(width - x) // step_x), -(-(height - y) // step_y)
+        if columns > 0 and rows > 0:
+            size += rows * (1 + (columns * bits_per_pixel + 7) // 8)
+    return size
+
+
+def webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start and end of its content) of each chunk of a WebP that is there as a whole."""
+    position = 12
+    while (start := position + 8) <= len(data):
+        end = start + int.from_bytes(data[position + 4 : start], "little")
+        if end > len(data):
+            return
+        yield data[position : position + 4], start, end
+        position = end + (end - start) % 2
+
+
+def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start and end of its content) of each box of an ISO media file (AVIF), or of those within a box."""
+    end = len(data) if end is None else end
+    position = start
+    while position + 8 <= end:
+        size, head = _int32(data[position : position + 4]), 8
+        if size == 1:  # 64-bit size follows
+            size, head = _int32(data[position + 8 : position + 16]), 16
+        if size == 0:  # to the end
+            size = end - position
+        if size < head or position + size > end:
+            return
+        yield data[position + 4 : position + 8], position + head, position + size
+        position += size
 
 
 def _int32(data: bytes) -> int:
