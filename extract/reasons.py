@@ -90,8 +90,16 @@ REASONS: dict[str, Reason] = {
     "not_an_image": Reason("decode", "the content is not an image, whatever the file is called"),
     "unsupported_format": Reason("decode", "an image or document of a format or pixel type that is not read"),
     "animated": Reason("decode", "an animated GIF, PNG, WebP or AVIF"),
-    "truncated": Reason("decode", "the file ends before its image does"),
-    "corrupt": Reason("decode", "the file has the right beginning, but cannot be decoded"),
+    "truncated": Reason("decode", "the file, or the data of its image, ends before the image does"),
+    "corrupt": Reason(
+        "decode", "the file has the right beginning, but cannot be decoded, or its decoder says that parts are damaged"
+    ),
+    "hdr": Reason(
+        "decode", "its colours are of high dynamic range (PQ or HLG), which have no look of their own in sRGB"
+    ),
+    "blank": Reason(
+        "decode", "its transparent parts, laid onto white, leave one colour: a white logo, or an empty layer"
+    ),
     "too_many_pixels": Reason("decode", "more pixels than max_pixels, or a side longer than max_side_px"),
     "too_small": Reason("decode", "a side shorter than min_side_px"),
     "too_elongated": Reason("decode", "the longer side is more than max_aspect times the shorter one"),

@@ -10,6 +10,7 @@ import aiohttp
 import yarl
 
 from extract.download.addresses import ForbiddenAddress
+from extract.download.urls import wire_url
 from extract.images.sniff import guess_other, sniff
 from extract.reasons import REASONS
 
@@ -76,9 +77,7 @@ def parse_url(text: str, base: yarl.URL | None = None, reason: str = "bad_url") 
     if len(text) > _MAX_URL_LENGTH:
         raise DownloadProblem(reason, f"a URL of {len(text)} characters: {shown}...")
     try:
-        url = yarl.URL(text.strip())
-        if base is not None:
-            url = base.join(url)
+        url = wire_url(text, base)
         host = url.raw_host
     except ValueError as error:
         raise DownloadProblem(reason, f"{shown!r} is not a URL: {error}") from error
@@ -88,7 +87,7 @@ def parse_url(text: str, base: yarl.URL | None = None, reason: str = "bad_url") 
         raise DownloadProblem(reason, f"{shown!r} has no usable host")
     if url.user is not None or url.password is not None:
         raise DownloadProblem(reason, f"a URL with a user's name or password in it, to {url.host}")
-    return url.with_fragment(None)
+    return url
 
 
 def redirect_target(url: yarl.URL, headers: Mapping[str, str]) -> yarl.URL:

@@ -27,10 +27,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, WebPImagePlugin
 
-from extract.images import damage, jpeg, sniff
+from extract.images import damage, encoding, jpeg, sniff
 from extract.images.colour import to_srgb
 from extract.images.jpeg import DamagedImage
 from extract.reasons import REASONS
@@ -48,6 +49,7 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26  # 8192 x 8192
 _PILLOW_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow itself refuses more
 _MAX_JPEG_SCANS = 100  # encoders write about ten; each of thousands of empty scans costs a pass over the whole image
+_BLANK_LEVELS = 8  # of 255
 _LARGE_PIXELS = 16_000_000
 _large_image = threading.Lock()
 
@@ -174,6 +176,9 @@ class _Loaded:
     orientation: int = 1
     alpha: bool = False
     profile: bytes | None = None
+    stated: encoding.Encoding | None = None
+    """What the file states about its colours in other words than a profile; None once that was done."""
+    converted: bool = False
     portable: bool = True
 
 
@@ -274,6 +279,10 @@ def _load(opened: Image.Image, data: bytes, kind: str, rules: ImageRules) -> _Lo
         raise ImageProblem("animated", f"this is an animated {kind}; only still images are used")
     loaded = _Loaded(opened, opened.size, kind, opened.mode, _orientation(opened))
     loaded.profile = opened.info.get("icc_profile")
+    try:
+        loaded.stated = encoding.stated(data, kind, opened)
+    except encoding.HdrColour as error:
+        raise ImageProblem("hdr", f"its colours are of high dynamic range ({error})") from error
     if kind == "jpeg":
         loaded.portable = sniff.jpeg_header(data).portable
         if rules.size_px is not None:
@@ -286,7 +295,12 @@ def _load(opened: Image.Image, data: bytes, kind: str, rules: ImageRules) -> _Lo
         opened.load()
         damage.check_pixels(opened, data, kind)
         image = opened
-    loaded.image, loaded.alpha = _simplify(image)
+    if image.mode.startswith("I;16"):
+        loaded.image, loaded.alpha = _grey_of_16_bits(image, loaded)
+    elif (deep := _deep_png(data, image, loaded)) is not None:
+        loaded.image, loaded.alpha = deep
+    else:
+        loaded.image, loaded.alpha = _simplify(image)
     turned = loaded.orientation >= 5
     if kind != "tiff" and loaded.orientation != 1:  # Pillow has turned a TIFF upright already
         loaded.image = loaded.image.transpose(_TURNS[loaded.orientation])
@@ -308,8 +322,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _simplify(image: Image.Image) -> tuple[Image.Image, bool]:
     """A loaded image of any mode as L, RGB or CMYK, and whether it had transparent pixels."""
-    if image.mode.startswith("I;16"):
-        return _grey_of_16_bits(image)
     if image.has_transparency_data and image.mode in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"):
         return _onto_white(image)
     if image.mode in ("L", "RGB", "CMYK"):
@@ -321,28 +333,83 @@ def _simplify(image: Image.Image) -> tuple[Image.Image, bool]:
     raise ImageProblem("unsupported_format", f"pixels of the type {image.mode} (Pillow's name) have no defined colours")
 
 
-def _grey_of_16_bits(image: Image.Image) -> tuple[Image.Image, bool]:
-    """16-bit grey, whose full range is black to white, as 8 bits."""
+def _grey_of_16_bits(image: Image.Image, loaded: _Loaded) -> tuple[Image.Image, bool]:
+    """16-bit grey, whose full range is black to white, as 8 bits; converts `loaded.stated`, if there is one."""
     values = np.asarray(image).astype(np.uint16)
-    grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        most = 2 ** int(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]) - 1
+        if most < 65535:
+            values = (np.minimum(values, most).astype(np.uint32) * 65535 // most).astype(np.uint16)
+        if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            values = np.uint16(65535) - values
+    if loaded.stated:
+        grey = encoding.convert(values, loaded.stated)
+        loaded.stated, loaded.converted = None, True
+    else:
+        grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     clear = image.info.get("transparency")
-    hidden = values == clear if isinstance(clear, int) else np.zeros((), bool)
-    if hidden.any():
-        grey[hidden] = 255
-    return Image.fromarray(grey), bool(hidden.any())
+    return _without_hidden(grey, values == clear if isinstance(clear, int) else None)
+
+
+def _deep_png(data: bytes, image: Image.Image, loaded: _Loaded) -> tuple[Image.Image, bool] | None:
+    """RGB of a PNG of 16 bits a channel whose lower bits matter: for its transparent colour, or its encoding.
+
+    None for all other files: Pillow keeps the upper 8 bits of each channel, which is all that they need.
+    """
+    clear = image.info.get("transparency")
+    if loaded.kind != "png" or image.mode != "RGB" or data[24] != 16 or not (clear or loaded.stated):
+        return None
+    values = _rgb16(data)
+    if loaded.stated:
+        pixels = encoding.convert(values, loaded.stated)
+        loaded.stated, loaded.converted = None, True
+    else:
+        pixels = np.asarray(image).copy()
+    return _without_hidden(pixels, (values == np.array(clear, np.uint16)).all(axis=2) if clear else None)
+
+
+def _rgb16(data: bytes) -> np.ndarray:
+    """uint16 (H, W, 3) of a PNG of 16-bit RGB."""
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise OSError("its 16-bit pixels cannot be read")
+    return values[..., 2::-1]
+
+
+def _without_hidden(pixels: np.ndarray, hidden: np.ndarray | None) -> tuple[Image.Image, bool]:
+    """Pixels, those that are hidden in white; a mask that hides everything is none."""
+    if hidden is None or not hidden.any() or hidden.all():
+        return Image.fromarray(pixels), False
+    pixels[hidden] = 255
+    return _unless_blank(Image.fromarray(pixels)), True
 
 
 def _onto_white(image: Image.Image) -> tuple[Image.Image, bool]:
     """RGB of an image with transparency, laid onto white."""
     clear = image.info.get("transparency")
     if image.mode == "RGB" and not (isinstance(clear, tuple) and max(clear) <= 255):
-        return image, False  # Pillow halves the bits of 16-bit RGB, but not of the colour that is to be transparent
+        return image, False  # no colour of 8 bits
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    if rgba.getchannel("A").getextrema()[0] == 255:
+    least, most = rgba.getchannel("A").getextrema()
+    if least == 255:
         return rgba.convert("RGB"), False
+    if most == 0:  # a mask that no one set: what lies under it was meant to be seen
+        return _unless_blank(rgba.convert("RGB")), False
     page = Image.new("RGB", rgba.size, "white")
     page.paste(rgba, mask=rgba)
-    return page, True
+    return _unless_blank(page), True
+
+
+def _unless_blank(image: Image.Image) -> Image.Image:
+    """Refuses what is of one colour only because of its transparency.
+
+    A failure, and no score to filter by: such a sample teaches that a caption means white paper. Images that are of one
+    colour without our doing stay; they are what they say.
+    """
+    ranges = image.getextrema() if len(image.getbands()) > 1 else (image.getextrema(),)
+    if max(high - low for low, high in ranges) <= _BLANK_LEVELS:  # type: ignore[misc]
+        raise ImageProblem("blank", "transparent parts on white (or a mask that hides all) leave nothing to be seen")
+    return image
 
 
 def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules, decoded: bool) -> Prepared:
@@ -366,7 +433,12 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules, decoded: b
             image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=1.0)
     elif cropped:
         image = image.crop((x, y, x + crop_width, y + crop_height))
-    image, icc = to_srgb(image, loaded.profile)
+    if loaded.converted:
+        icc = "converted"
+    elif loaded.stated and image.mode != "CMYK":
+        image, icc = Image.fromarray(encoding.convert(np.asarray(image), loaded.stated)), "converted"
+    else:
+        image, icc = to_srgb(image, loaded.profile)
 
     content, plugin, options = _ENCODERS[rules.format]
     untouched = (
