@@ -24,7 +24,8 @@ from extract.images.jpeg import DamagedImage
 _RUN = re.compile(rb"\0{8,}|\xff{8,}")  # in a WebP's image: good ones of flat parts have it, too
 _ZEROS_OF_AVIF = re.compile(rb"\0{48}|\0{8}\Z")  # good ones have up to 20, and none at the end
 _WEBP_SPARE_BYTES = 12
-_LEAST_STEP = 24  # levels, from the last pixel to the flat rest, and of the row above to it
+_LEAST_STEP = 4  # levels, from the last pixel to the flat rest, and of the row above to it
+_LEAST_MEAN = 16  # levels, of the part of the row above that the flat rest lies under
 _WHOLE_SHARE = 0.95
 _MIN_CELLS = 4
 
@@ -54,9 +55,7 @@ def check_pixels(image: Image.Image, data: bytes, kind: str) -> None:
 
 def _avif_is_zeroed(data: bytes) -> bool:
     return any(
-        _ZEROS_OF_AVIF.search(data, start, end) is not None
-        for kind, start, end in sniff.boxes(data)
-        if kind == b"mdat"
+        _ZEROS_OF_AVIF.search(data, start, end) is not None for kind, start, end in sniff.boxes(data) if kind == b"mdat"
     )
 
 
@@ -151,5 +150,5 @@ def flat_rest(distance: np.ndarray) -> bool:
     first = int(np.flatnonzero(row)[-1]) + 1  # of the flat rest
     if first < 1 or columns - first < _MIN_CELLS:
         return False
-    goes_on = float((above[first:] > _LEAST_STEP).mean()) >= _WHOLE_SHARE
+    goes_on = float((above[first:] > _LEAST_STEP).mean()) >= _WHOLE_SHARE and float(above[first:].mean()) > _LEAST_MEAN
     return goes_on and float(row[max(0, first - 2) : first].max()) > _LEAST_STEP

@@ -40,26 +40,29 @@ class DamagedImage(OSError):
 
 
 def decode(data: bytes, mode: str, size: tuple[int, int], reduced: bool) -> Image.Image | None:
-    """The image of a JPEG whose header Pillow read as `mode`; None if its sampling is one that the decoder does not know.
+    """The image of a JPEG whose header Pillow read as `mode`; None if Pillow has to decode it.
+
+    That is so where this decoder does not know the sampling, or stumbles over a header that is harmless.
 
     size: what is decoded to; reduced: whether that is 1/2, 1/4 or 1/8 of the file's own. Raises DamagedImage, ValueError.
     """
     try:
-        pixels = _pixels(data, mode, size, reduced, strict=True)
+        pixels = _pixels(data, mode, size, reduced)
     except ValueError as error:
         message = str(error)
         if _UNKNOWN_SAMPLING in message:
             return None
         _judge(data, mode, message)
-        pixels = _pixels(data, mode, size, reduced, strict=False)
+        _check_scans(data)
+        return None
     _check_scans(data)
     return Image.frombuffer(mode, size, pixels, "raw", _COLOUR_SPACES[mode][1], 0, 1)
 
 
-def _pixels(data: bytes, mode: str, size: tuple[int, int], reduced: bool, strict: bool) -> np.ndarray:
+def _pixels(data: bytes, mode: str, size: tuple[int, int], reduced: bool) -> np.ndarray:
     width, height = size if reduced else (0, 0)
     space = _COLOUR_SPACES[mode][0]
-    pixels = simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height, strict=strict)
+    pixels = simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height)
     if pixels.shape[1::-1] != size:
         raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels came where {size[0]} x {size[1]} were due")
     return pixels
@@ -85,7 +88,7 @@ def _judge(data: bytes, mode: str, warning: str) -> None:
 
 def _warning(data: bytes, mode: str) -> str:
     try:
-        simplejpeg.decode_jpeg(data, _COLOUR_SPACES[mode][0], min_factor=8, strict=True)
+        simplejpeg.decode_jpeg(data, _COLOUR_SPACES[mode][0], min_factor=8)
     except ValueError as error:
         return str(error)
     return ""

@@ -5,7 +5,7 @@ Only the formats of READABLE are ever opened (no SVG, PDF or PostScript). What i
 
     decode (JPEGs far larger than needed at 1/2, 1/4 or 1/8 scale), grey from 16 bits, palette to RGB, transparency onto
     white, EXIF or XMP orientation, centre crop if asked for, shorter side down to size_px (area means and Lanczos;
-    never up), ICC profile to sRGB, RGB.
+    never up), ICC profile or other stated colours (encoding.py) to sRGB, RGB. Damaged files are refused (jpeg.py, damage.py).
 
 Source bytes are stored untouched when they are in the dataset's format and nothing of the above was needed (greyscale
 files included: every reader of RGB makes the same three channels of them). Everything else is encoded (JPEG of
