@@ -406,8 +406,8 @@ def _unless_blank(image: Image.Image) -> Image.Image:
     A failure, and no score to filter by: such a sample teaches that a caption means white paper. Images that are of one
     colour without our doing stay; they are what they say.
     """
-    ranges = image.getextrema() if len(image.getbands()) > 1 else (image.getextrema(),)
-    if max(high - low for low, high in ranges) <= _BLANK_LEVELS:  # type: ignore[misc]
+    extrema = np.array(image.getextrema()).reshape(-1, 2)  # of each channel, low and high
+    if (extrema[:, 1] - extrema[:, 0]).max() <= _BLANK_LEVELS:
         raise ImageProblem("blank", "transparent parts on white (or a mask that hides all) leave nothing to be seen")
     return image
 
