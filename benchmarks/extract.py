@@ -39,7 +39,7 @@ def extraction(images: Path, out: Path, estimators: str, size_px: int, workers: 
     config = ExtractConfig(
         name="benchmark",
         out=str(out),
-        source={"kind": "folder", "path": str(images)},
+        source={"kind": "folder", "path": str(images), "captions": "none"},
         image=ImageRules(size_px=size_px),
         run=RunConfig(estimators=estimators, shard_size=200, workers=workers),
     )

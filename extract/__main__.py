@@ -148,6 +148,7 @@ def main(
 
 def _print_summary(summary: Any) -> None:
     from extract.reasons import is_passing
+    from extract.sources.caption_report import caption_lines
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("dataset", Text(cli.printable(summary.out)))
@@ -158,6 +159,8 @@ def _print_summary(summary: Any) -> None:
             table.add_row(name, Text(cli.printable(f"{count} x {reason}")))
     if passing := sum(count for reason, count in stand.failed.items() if is_passing(reason)):
         table.add_row("", f"{passing} of the failures may pass: --retry-failed tries them again")
+    for number, line in enumerate(caption_lines(summary.captions, stand.ok, summary.uncaptioned, summary.passed_over)):
+        table.add_row("" if number else "captions", Text(line))
     if summary.made:
         speed = summary.made / summary.seconds
         table.add_row("this run", f"{summary.made} inputs in {summary.seconds:.1f} s ({speed:.1f}/s)")

@@ -36,10 +36,14 @@ REASONS: dict[str, Reason] = {
         "read", "a second row of the table for a file that an earlier row captions; the first one counts"
     ),
     "caption_unreadable": Reason("read", "the caption file is not an ordinary file, or it cannot be read"),
-    "caption_not_utf8": Reason("read", "the caption is not UTF-8 text, or has NUL characters in it"),
+    "caption_not_utf8": Reason(
+        "read", "the caption is not UTF-8 text (nor what source.encoding says), or has NUL characters in it"
+    ),
     "caption_too_long": Reason("read", "the caption has more bytes than max_caption_bytes"),
     "bad_metadata": Reason(
-        "read", "the sample's .json is no JSON object or beyond the limits of metadata, or its caption is not text"
+        "read",
+        "the sample's .json is no JSON object or beyond the limits of metadata, or its caption is not text, or several of "
+        "which none is named",
     ),
     "no_image": Reason("read", "a sample of a tar or dataset that has no image"),
     "forgotten": Reason("read", "removed on request, by `python -m shards forget`; it never comes back"),

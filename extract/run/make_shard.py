@@ -9,6 +9,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     """Rises whenever something was read, decoded, estimated, encoded or written: it stands still only where the work does."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Of samples without a caption: what looks like one and was not taken."""
     _lock: Any = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
@@ -396,6 +399,7 @@ def _write(
                     members = future.result()
                     with progress.timed("write_s"):
                         writer.add(item.sample.key, members)
+                    progress.passed_over.update(item.sample.passed_over)
                 except (SampleError, MapError) as error:
                     item.fail("encode", "cannot_encode", str(error))
         if item.failure is not None:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from extract.config import ExtractConfig
 from extract.estimators.table import find_set, tasks_of
 from extract.run.make_shard import UnitWork
 from extract.run.retries import Repeating
+from extract.run.run import caption_report
 from extract.run.worker import Measured, WorkerSetup
 from extract.sources import Source
+from extract.sources.caption_report import CaptionReport
 from extract.sources.table import open_source
 from extract.workers import cluster
 from shards.core.cores import cores
@@ -23,6 +26,7 @@ from shards.core.errors import UserError
 from shards.core.storage import Folder
 from shards.inspect.stats import size as in_bytes
 from shards.intrinsics import INTRINSICS
+from shards.marks import DATASET
 from shards.sample import member_names
 
 
@@ -41,6 +45,7 @@ class Plan:
     done: int
     probe: Measured
     staff: cluster.Staff
+    captions: CaptionReport | None = None
 
     @property
     def bytes(self) -> float:
@@ -62,6 +67,9 @@ def make_plan(config: ExtractConfig, *, source: Source | None = None) -> Plan:
     if first is None:
         raise UserError("the source has no inputs; check its path and its filters")
     names = Folder(config.out).list()
+    captions = caption_report(source, limit)
+    if captions is not None and DATASET not in names:
+        captions.check()
     done = sum(name.endswith(".json") and name.removesuffix(".json").isdigit() for name in names)
     with cluster.connected(config.run.address, config.run.workers or cores()):
         staff = cluster.plan_staff(config.run)
@@ -74,7 +82,7 @@ def make_plan(config: ExtractConfig, *, source: Source | None = None) -> Plan:
     units = 0 if known else sum(1 for _ in source.units(config.run.shard_size, limit))
     inputs = min(units * size if total is None else total, limit or 1 << 62)
     units = math.ceil(inputs / size) if known else units
-    return Plan(config.out, units, inputs, total is not None, min(done, units), probe, staff)
+    return Plan(config.out, units, inputs, total is not None, min(done, units), probe, staff, captions)
 
 
 def _setup(config: ExtractConfig, source: Source, staff: cluster.Staff) -> WorkerSetup:
@@ -103,6 +111,8 @@ def show(plan: Plan) -> None:
     share = probe.ok / max(1, probe.inputs)
     table.add_row("inputs", f"{about}{plan.inputs:,}")
     table.add_row("samples", f"about {share * plan.inputs:,.0f}, if {share:.0%} of the inputs give one")
+    for number, line in enumerate(plan.captions.lines() if plan.captions else ()):
+        table.add_row("" if number else "captions", Text(line.removeprefix("captions: ")))
     table.add_row("bytes", f"about {in_bytes(plan.bytes)}")
     on = f"{staff.gpus_per_worker:g} GPU each" if staff.device == "cuda" else "one CPU core each"
     table.add_row("workers", f"{staff.workers}, {on}")

@@ -77,4 +77,4 @@ class Reporter:
 
     def say(self, sentence: str) -> None:
         """A line above the bar."""
-        self._console.print(printable(sentence), style="yellow", markup=False, highlight=False)
+        self._console.print(printable(sentence), style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -25,8 +25,9 @@ from extract.run import retries
 from extract.run.inputs import Changes, is_current, made_of, same_source
 from extract.run.make_shard import UnitWork
 from extract.run.progress import Reporter
-from extract.run.worker import Outcome, Worker, WorkerSetup
+from extract.run.worker import Outcome, Worker, WorkerSetup, uncaptioned
 from extract.sources import Source, Unit
+from extract.sources.caption_report import Captioned, CaptionReport
 from extract.sources.table import open_source
 from shards.core.cores import cores
 from shards.core.errors import TooManyFailures, UserError
@@ -35,7 +36,7 @@ from shards.counts import Standing, is_drop
 from shards.dataset import Dataset
 from shards.description import create_info, kind_of, read_info, replace_info, update_info
 from shards.intrinsics import INTRINSICS
-from shards.marks import shard_name
+from shards.marks import DATASET, shard_name
 from shards.sample import member_names
 from shards.writer import committed_mark, recover
 
@@ -55,6 +56,12 @@ class Summary:
     made: int = 0
     seconds: float = 0.0
     stages: Counter[str] = field(default_factory=Counter)
+    captions: CaptionReport | None = None
+    """What was known of the source's captions before the work."""
+    uncaptioned: int = 0
+    """Samples of the dataset whose caption is empty."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Of those that this run made: what looks like a caption and was not taken."""
 
 
 def run(
@@ -78,11 +85,17 @@ def run(
         retries.check(source)
     folder = Folder(config.out)
     folder.make()
+    begun = folder.exists(DATASET)
     info, finishing = _take_over(folder, config, source, tasks)
+    captions = caption_report(source, config.run.limit)
+    if captions is not None and not begun:
+        captions.check()
     begin, size = time.monotonic(), config.run.shard_size
     stop = _Stop()
     with Reporter(_total(source, config.run.limit)) as reporter, stop.listening(), contextlib.ExitStack() as stack:
-        tally = _Tally(Summary(config.out), reporter, stop)
+        for line in captions.lines() if captions else ():
+            reporter.say(line)
+        tally = _Tally(Summary(config.out, captions=captions), reporter, stop)
         crew = _Crew(folder, source, config, info, tasks, tally, stack, in_process)
         crew.work(source.units(size, config.run.limit))
         if retry_failed and not (info["retries"] and finishing):
@@ -105,7 +118,17 @@ def run(
             f"more than --max-failed {config.run.max_failed:.0%}; the dataset is complete without them: see `python -m "
             f"shards stats {config.out}`, or allow more"
         )
+    if captions is not None and captions.wanted and summary.made and 0 < stand.ok == summary.uncaptioned:
+        raise UserError(
+            f"none of the {stand.ok:,} samples of {config.out} has a caption; the dataset is complete otherwise. Name what "
+            f"holds them, or ask for images without captions with --set source.captions=none, and choose another --out"
+        )
     return summary
+
+
+def caption_report(source: Source, limit: int | None) -> CaptionReport | None:
+    """What a source can say of its captions before the work; None for one of which nothing need be said."""
+    return source.caption_report(limit) if isinstance(source, Captioned) else None
 
 
 # ---- what is to be done ----------------------------------------------------------------------------------------------
@@ -248,8 +271,9 @@ class _Tally:
     def shards(self) -> int:
         return len(self.ok)
 
-    def count(self, index: int, counts: dict[str, Any], *, again: bool) -> None:
+    def count(self, index: int, counts: dict[str, Any], uncaptioned: int, *, again: bool) -> None:
         """Counts a shard that is finished; `again` if an earlier run made it."""
+        self.summary.uncaptioned += uncaptioned
         self.summary.stand.add(counts)
         self.failed.update(counts["failed"])
         self.failed_since.update(counts["failed"])
@@ -267,7 +291,8 @@ class _Tally:
         return bool(failed)
 
     def finished(self, unit: Unit, outcome: Outcome) -> None:
-        self.count(unit.index, outcome.counts, again=False)
+        self.count(unit.index, outcome.counts, outcome.uncaptioned, again=False)
+        self.summary.passed_over.update(outcome.passed_over)
         self.summary.made += outcome.counts["in"]
         self.summary.stages.update(outcome.timings)
 
@@ -363,7 +388,7 @@ class _Crew:
                     if sentence := self.changes.look(name, mark["made"], made, unit.files):
                         self.tally.say(sentence)
                     if is_current(mark["made"], made):
-                        self.tally.count(unit.index, mark["counts"], again=True)
+                        self.tally.count(unit.index, mark["counts"], uncaptioned(mark), again=True)
                         continue
             yield Job(unit, made)
 

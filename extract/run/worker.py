@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,6 +25,8 @@ LARGE_PX = 1024
 """The shorter side of the images with which memory is probed where their size is not bounded."""
 PROBE_S, PROBE_IMAGES = 30.0, 64
 """How long, and of how many images, the probe of a plan is at most."""
+MOST_PASSED_OVER = 20
+"""How many kinds of what looks like a caption a worker tells of; a hostile source may have any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class Outcome:
     counts: dict[str, Any]
     timings: dict[str, float]
     problem: str = ""
+    uncaptioned: int = 0
+    """Samples whose caption is empty."""
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What looks like a caption in those samples and was not taken."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Worker:
 
     def run(self, unit: Unit, made: dict[str, Any], skip: Sequence[int]) -> Outcome:
         """Makes and commits the shard of a unit."""
-        self._progress = Progress()
+        progress = self._progress = Progress()
         if problem := self.load():
             return Outcome({}, {}, problem)
         assert self._loaded is not None
@@ -131,7 +137,7 @@ class Worker:
             if (
                 done is not None and done["made"] == made
             ):  # by another run of the same command, since this one planned it
-                return Outcome(done["counts"], {})
+                return Outcome(done["counts"], {}, uncaptioned=uncaptioned(done))
             mark = make_shard(
                 self._folder,
                 unit,
@@ -139,7 +145,7 @@ class Worker:
                 self._loaded,
                 made=made,
                 skip=frozenset(skip),
-                progress=self._progress,
+                progress=progress,
             )
             if mark["made"] != made:  # a run that was refused meanwhile had won this commit before
                 return Outcome({}, {}, f"shard {mark['shard']} was committed by another run, with other settings")
@@ -149,7 +155,8 @@ class Worker:
             _die(error)
         finally:
             self._progress = Progress()
-        return Outcome(mark["counts"], mark["timings"])
+        passed_over = dict(progress.passed_over.most_common(MOST_PASSED_OVER))
+        return Outcome(mark["counts"], mark["timings"], uncaptioned=uncaptioned(mark), passed_over=passed_over)
 
     def progress(self) -> tuple[int, int, int]:
         """Inputs done, and failed, of the unit at work; and a number that changes with every step of the work."""
@@ -216,6 +223,11 @@ class Worker:
             begin = time.perf_counter()
             mark = make_shard(Folder(place), Unit(0, unit.items), work, self._loaded, made={})
             return mark, time.perf_counter() - begin
+
+
+def uncaptioned(mark: Mapping[str, Any]) -> int:
+    """How many samples of a shard have an empty caption, by its mark."""
+    return sum(members["txt"][1] == 0 for members in mark["index"].values())
 
 
 def dtype_of(wish: str, device: str) -> str:

@@ -14,12 +14,14 @@ class RawSample:
     key: `[A-Za-z0-9_-]+`, unique in the source and stable from run to run.
     image: the bytes of an image file, or uint8 RGB (H, W, 3).
     meta: the source's own fields (url, width, ...), JSON values; they go to the sample's json as they came.
+    passed_over: where there is no caption: what looks like one and was not taken.
     """
 
     key: str
     image: bytes | np.ndarray
     caption: str
     meta: dict[str, Any] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 import errno
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from extract.sources import InputFile
+from extract.sources.caption_names import CAPTION_SUFFIXES, CAPTION_TREE, IMAGE_TREE, LIKELY_SUFFIXES, NO_LETTERS
 from shards.core.storage import Folder
 
 IMAGE_SUFFIXES = frozenset(
@@ -21,7 +25,11 @@ IMAGE_SUFFIXES = frozenset(
         *(b"heic", b"heif", b"jxl", b"jp2"),  # not read, but listed: nobody should wonder where his photographs are
     )
 )
-TEXT_SUFFIXES, JSON_SUFFIXES = (b".txt", b".TXT"), (b".json", b".JSON")
+MAX_LABEL_BYTES = 1 << 20
+_TABLES = (b".csv", b".tsv", b".jsonl", b".parquet")
+_JSON_TABLES = re.compile(
+    rb"(?i)(?:.*[_-])?(?:captions?|meta_cap|metadata|prompts?|descriptions?)(?:[_-].*|\d+)?\.json"
+)
 
 
 _ENDS_BYTES = 1 << 16
@@ -78,8 +86,9 @@ class Found(NamedTuple):
     """One thing with the name of an image, or a subfolder that cannot be listed (then `problem` says why).
 
     path: relative to the folder, with slashes, as the bytes that the file system has (any bytes at all).
-    sizes: of the image, its .txt and its .json, in bytes; -1 where unknown or absent.
-    text, json: the paths of the .txt and .json beside it, if there are any.
+    sizes: of the image, its caption file and its .json, in bytes; -1 where unknown or absent.
+    text, json: the paths of the caption file and the .json beside it, or in a tree of their own, if there are any.
+    others: suffixes of further files that are called like it, which may be captions.
     """
 
     path: bytes
@@ -87,6 +96,7 @@ class Found(NamedTuple):
     text: bytes | None = None
     json: bytes | None = None
     problem: str = ""
+    others: tuple[str, ...] = ()
 
 
 class _Entry(NamedTuple):
@@ -95,48 +105,223 @@ class _Entry(NamedTuple):
     size: int
 
 
-def walk(folder: Folder) -> Iterator[Found]:
-    """Everything with the name of an image, in the order of the paths' bytes; lazily, one folder in memory at a time.
+@dataclass
+class Leftovers:
+    """What a walk saw and gave to no image: files by sort with one of each, and all tables, by their paths."""
 
-    Links to files count as files, wherever they lead; links to folders are not entered, so that nothing goes in circles.
-    """
-    stack = [_inside(folder, b"")]
-    while stack:
-        step = next(stack[-1], None)
-        if step is None:
-            stack.pop()
-        elif isinstance(step, Found):
-            yield step
-        else:
-            stack.append(_inside(folder, step))
+    files: Counter[str] = field(default_factory=Counter)
+    elsewhere: Counter[str] = field(default_factory=Counter)
+    """Of these files those that an image of another folder took."""
+    examples: dict[str, bytes] = field(default_factory=dict)
+    tables: list[bytes] = field(default_factory=list)
 
 
-def _inside(folder: Folder, where: bytes) -> Iterator[Found | bytes]:
-    """What is directly in a subfolder (a path that ends in a slash, or b""): images, and subfolders as such paths."""
-    try:
-        entries = _list_local(folder, where) if folder.local_path is not None else _list_remote(folder, where)
-    except OSError as error:
-        words = error.strerror or str(error) or type(error).__name__
-        yield Found(where, problem=f"this folder cannot be listed: {words}")
-        return
-    sizes = {entry.name: entry.size for entry in entries}
-    steps: list[tuple[bytes, bool]] = []  # sorted by name, folders with their slash: the order of whole paths
-    for entry in entries:
-        if split_suffix(entry.name)[1].lower() in IMAGE_SUFFIXES:
-            steps.append((entry.name, False))
-        if entry.is_folder:
-            steps.append((entry.name + b"/", True))
-    for name, is_folder in sorted(steps):
-        if is_folder:
-            yield where + name
-            continue
-        stem = split_suffix(name)[0]
-        text, json = (
-            next((stem + suffix for suffix in suffixes if stem + suffix in sizes), None)
-            for suffixes in (TEXT_SUFFIXES, JSON_SUFFIXES)
+Lineage = tuple[tuple[bytes, tuple[bytes, ...]], ...]
+"""For a folder and those above it: the path, and its subfolders with the name of a tree of captions."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How images find their captions. suffixes: of caption files, in order. leftovers: to note what belongs to no image."""
+
+    folder: Folder
+    suffixes: tuple[str, ...] = CAPTION_SUFFIXES
+    leftovers: Leftovers | None = None
+
+    def __iter__(self) -> Iterator[Found]:
+        """Everything with the name of an image, in the order of the paths' bytes; lazily, one folder in memory at a time.
+
+        Links to files count as files, wherever they lead; links to folders are not entered, so that nothing goes in circles.
+        """
+        stack = [self._inside(b"", ())]
+        while stack:
+            step = next(stack[-1], None)
+            if step is None:
+                stack.pop()
+            elif isinstance(step, Found):
+                yield step
+            else:
+                stack.append(self._inside(*step))
+
+    def _inside(self, where: bytes, above: Lineage) -> Iterator[Found | tuple[bytes, Lineage]]:
+        """What is directly in a subfolder (a path that ends in a slash, or b""): images, and subfolders as such paths."""
+        try:
+            entries = list_folder(self.folder, where)
+        except OSError as error:
+            words = error.strerror or str(error) or type(error).__name__
+            yield Found(where, problem=f"this folder cannot be listed: {words}")
+            return
+        trees = tuple(
+            sorted(entry.name for entry in entries if entry.is_folder and CAPTION_TREE.fullmatch(show(entry.name)))
         )
-        found_sizes = (sizes[name], sizes[text] if text else -1, sizes[json] if json else -1)
-        yield Found(where + name, found_sizes, where + text if text else None, where + json if json else None)
+        lineage = (*above, (where, trees)) if trees else above
+        here = _Beside(where, entries, self.suffixes)
+        there: list[_Beside] | None = None  # listed for the first image without a caption
+        steps: list[tuple[bytes, bool]] = []  # sorted by name, folders with their slash: the order of whole paths
+        for entry in entries:
+            if _is_image(entry.name):
+                steps.append((entry.name, False))
+            if entry.is_folder:
+                steps.append((entry.name + b"/", True))
+        for name, is_folder in sorted(steps):
+            if is_folder:
+                yield where + name, lineage
+                continue
+            text, json = here.text(name), here.json(name)
+            if text is None and json is None and lineage:
+                if there is None:
+                    there = list(self._trees_of(where, lineage))
+                text = next((found for beside in there if (found := beside.text(name))), None)
+                json = None if text else next((found for beside in there if (found := beside.json(name))), None)
+            sizes = (here.sizes[name], text[1] if text else -1, json[1] if json else -1)
+            others = here.others(name, text[0] if text else None)
+            yield Found(where + name, sizes, text[0] if text else None, json[0] if json else None, "", others)
+        if self.leftovers is not None:
+            here.note(self.leftovers)
+            for beside in there or ():
+                self.leftovers.elsewhere.update(beside.claimed_by_suffix())
+
+    def _trees_of(self, where: bytes, lineage: Lineage) -> "Iterator[_Beside]":
+        """The folders in which captions of this folder's images stand, where captions have a tree of their own."""
+        for above, trees in reversed(lineage):
+            first, _, rest = where[len(above) :].partition(b"/")
+            for tree in sorted(trees, key=lambda name: (is_vague_tree(name), name)):
+                if first == tree:
+                    continue
+                for inside in (rest, where[len(above) :]) if is_image_tree(first) else (where[len(above) :],):
+                    path = above + tree + b"/" + inside
+                    entries = _quietly_listed(self.folder, path)
+                    if any(_is_image(entry.name) for entry in entries):
+                        continue  # these are captions of other images
+                    beside = _Beside(path, entries, self.suffixes)
+                    if not is_vague_tree(tree) or self._has_words(beside):
+                        yield beside
+
+    def _has_words(self, beside: "_Beside") -> bool:
+        """Whether the first text in a folder of labels has letters, and is not the boxes of a detector."""
+        first = beside.first_text()
+        if first is None:
+            return False
+        try:
+            text = read(self.folder, first, MAX_LABEL_BYTES).decode("utf-8", "replace")
+        except ReadProblem:
+            return True
+        return not NO_LETTERS.fullmatch(text)
+
+
+def walk(folder: Folder) -> Iterator[Found]:
+    """Everything with the name of an image, each with its captions as they are found without any setting."""
+    return iter(Walk(folder))
+
+
+class _Beside:
+    """The files of one folder that may be captions or json of images, found by the images' names."""
+
+    def __init__(self, where: bytes, entries: list[_Entry], suffixes: tuple[str, ...]) -> None:
+        self.where = where
+        self.sizes = {entry.name: entry.size for entry in entries}
+        self._by_lower: dict[bytes, list[bytes]] = {}
+        for entry in entries:
+            if not entry.is_folder and not _is_image(entry.name):
+                self._by_lower.setdefault(entry.name.lower(), []).append(entry.name)
+        # Only the suffixes that are there need be looked for.
+        packed = [suffix for name in suffixes for suffix in (name, f"{name}.gz")]
+        self._suffixes = self._present(packed)
+        self._json = self._present(["json"])
+        self._others = self._present([s for s in (*packed, *CAPTION_SUFFIXES, *LIKELY_SUFFIXES) if s not in ("json",)])
+        self._claimed: set[bytes] = set()
+
+    def _present(self, suffixes: Iterable[str]) -> list[bytes]:
+        wanted = dict.fromkeys(b"." + suffix.encode().lower() for suffix in suffixes)
+        tails = {lower[at:] for lower in self._by_lower for at in _dots(lower)}
+        return [suffix for suffix in wanted if suffix in tails]
+
+    def text(self, image: bytes) -> tuple[bytes, int] | None:
+        """The caption file of an image, with its size: the first that is not empty; else the first."""
+        found = list(self._called(image, self._suffixes))
+        best = next((name for name in found if self.sizes[name] != 0), found[0] if found else None)
+        return self._claim(best)
+
+    def json(self, image: bytes) -> tuple[bytes, int] | None:
+        return self._claim(next(self._called(image, self._json), None))
+
+    def first_text(self) -> bytes | None:
+        """The first caption file that is not empty, by its name."""
+        names = [name for same in self._by_lower.values() for name in same if self.sizes[name]]
+        ends = tuple(self._suffixes)
+        return min((self.where + name for name in names if ends and name.lower().endswith(ends)), default=None)
+
+    def others(self, image: bytes, taken: bytes | None) -> tuple[str, ...]:
+        """The suffixes of further files that are called like the image and may be captions."""
+        named = list(self._called(image, self._others))
+        self._claimed.update(named)
+        further = [name for name in named if self.where + name != taken and self.sizes[name]]
+        stem = split_suffix(image)[0]
+        return tuple(dict.fromkeys(show(name[len(stem) :].lower()) for name in further))
+
+    def note(self, leftovers: Leftovers) -> None:
+        """Notes the files here that belong to no image of this folder."""
+        for names in self._by_lower.values():
+            for name in names:
+                suffix = split_suffix(name)[1].lower()
+                if name in self._claimed:
+                    continue
+                if suffix in _TABLES or _JSON_TABLES.fullmatch(name):
+                    leftovers.tables.append(self.where + name)
+                elif suffix[1:].decode("latin-1") in (*CAPTION_SUFFIXES, *LIKELY_SUFFIXES, "gz"):
+                    sort = show(suffix)
+                    leftovers.files[sort] += 1
+                    leftovers.examples.setdefault(sort, self.where + name)
+
+    def claimed_by_suffix(self) -> Counter[str]:
+        return Counter(show(split_suffix(name)[1].lower()) for name in self._claimed)
+
+    def _called(self, image: bytes, suffixes: list[bytes]) -> Iterator[bytes]:
+        """The files called like an image (`a.txt`, `a.jpg.txt` of `a.jpg`), in the order of the suffixes."""
+        stems = (split_suffix(image)[0], image)
+        for suffix in suffixes:
+            for stem in stems:
+                names = self._by_lower.get((stem + suffix).lower(), ())
+                yield from sorted((n for n in names if n.startswith(stem)), key=lambda n: (n != stem + suffix, n))
+
+    def _claim(self, name: bytes | None) -> tuple[bytes, int] | None:
+        if name is None:
+            return None
+        self._claimed.add(name)
+        return self.where + name, self.sizes[name]
+
+
+def _dots(name: bytes) -> list[int]:
+    """Where suffixes of at most three parts begin."""
+    return [at for at, byte in enumerate(name) if byte == ord(".")][-3:]
+
+
+def _is_image(name: bytes) -> bool:
+    return split_suffix(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _quietly_listed(folder: Folder, where: bytes) -> list[_Entry]:
+    """What is in a folder; nothing if it is not there."""
+    try:
+        return list_folder(folder, where)
+    except OSError:
+        return []
+
+
+def is_vague_tree(name: bytes) -> bool:
+    """Whether a folder of captions is called like one of labels, which may be anything."""
+    match = CAPTION_TREE.fullmatch(show(name))
+    return bool(match and match.lastindex)
+
+
+def is_image_tree(name: bytes) -> bool:
+    """Whether a folder is called like one of images that has its captions in another folder."""
+    return bool(IMAGE_TREE.fullmatch(show(name)))
+
+
+def list_folder(folder: Folder, where: bytes) -> list[_Entry]:
+    """What is in a subfolder (a path that ends in a slash, or b""). Raises OSError."""
+    return _list_local(folder, where) if folder.local_path is not None else _list_remote(folder, where)
 
 
 def _list_local(folder: Folder, where: bytes) -> list[_Entry]:

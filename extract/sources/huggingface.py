@@ -13,26 +13,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from extract.sources import Failure, InputFile, RawSample, Unit
-from extract.sources.files import input_file
+from extract.sources.caption_names import HUB_FIELDS, likely_fields, usual_fields
+from extract.sources.caption_reader import caption_of_value, check_named, check_type, entry_of, raw_values, readable
+from extract.sources.caption_report import CaptionReport, Glance, report_of
+from extract.sources.files import ReadProblem, input_file
 from extract.sources.filters import Filters
-from extract.sources.values import OURS, arrow_rows, kept_fields
+from extract.sources.values import OURS, arrow_rows, json_value, kept_fields
 from shards.core.errors import UsageError, UserError
 from shards.marks import digest
 
-CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "captions", "description", "title")
 _NAMED_FILES = 64
+MAX_CAPTION_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class HuggingFaceSource:
     """dataset: a local folder or a hub id. config, split, revision: as `load_dataset` takes them.
 
-    image, caption: the columns; found by their type and by usual names when not given.
+    image, caption: the columns; found by their type and by usual names when not given (`caption.en`: an entry of a struct).
+    captions: "auto", or "none": they are left out.
     columns: those that are kept in the samples' json; None for all that are no images, sounds or the like.
     filters: on the other columns, and on the caption; applied before an image is decoded.
     """
@@ -45,6 +49,7 @@ class HuggingFaceSource:
     caption: str | None = None
     streaming: bool | None = None
     columns: tuple[str, ...] | None = None
+    captions: Literal["auto", "none"] = "auto"
     filters: Filters = field(default_factory=Filters)
 
     @property
@@ -88,10 +93,67 @@ class HuggingFaceSource:
         return found[0]
 
     def _caption_column(self) -> str | None:
-        columns = list(self._data.features or ())
-        if self.caption and self.caption not in columns:
-            raise UsageError(f"{self.dataset!r} has no column {self.caption!r}; it has {', '.join(columns)}")
-        return self.caption or next((name for name in CAPTION_COLUMNS if name in columns), None)
+        """The column, or `column.entry`. Raises UsageError if it is not there, or cannot hold captions."""
+        if self.captions == "none" or self.caption == "":
+            return None
+        features, columns = self._data.features or {}, self._columns
+        if self.caption is not None:
+            check_named(self.caption, columns, repr(self.dataset), "caption")
+        inside = [f"json.{name}" for name in usual_fields(_entries(features.get("json")), HUB_FIELDS)]
+        field = self.caption or next(iter((*usual_fields(columns, HUB_FIELDS), *inside)), None)
+        if field is not None and features and self._label(field) is None:
+            column = field if field in columns else field.partition(".")[0]
+            kind = self._data.features.arrow_schema.field(column).type
+            check_type(kind, field, self.caption is not None, f"the dataset {self.dataset!r}", "caption")
+        return field
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        """The names of the columns; of a stream that does not know them, those of its first row."""
+        return list(self._data.features or next(iter(self._data.take(1)), {}))
+
+    def _label(self, field: str) -> Any:
+        """The ClassLabel of a column, whose numbers have names, or of its list; None for any other."""
+        import datasets
+
+        feature = (self._data.features or {}).get(field)
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        feature = getattr(feature, "feature", feature)
+        return feature if isinstance(feature, datasets.ClassLabel) else None
+
+    def _caption(self, row: dict[str, Any], field: str | None) -> str:
+        """The caption of a row. Raises ReadProblem."""
+        if field is None:
+            return ""
+        value = entry_of(row, field)
+        if (label := self._label(field)) is not None:
+            value = _named(value, label)
+        return caption_of_value(value, field, MAX_CAPTION_BYTES, named=self.caption is not None)
+
+    def caption_report(self, limit: int | None = None) -> CaptionReport:
+        """Where captions come from, by the columns and the first rows."""
+        if self.captions == "none" or self.caption == "":
+            return CaptionReport(inputs=0, filled=0, complete=True, wanted=False)
+        column, image = self._caption_column(), self._image_column(self._data)
+        report = report_of(self._glances(column), limit=limit)
+        others = likely_fields(name for name in self._columns if name not in (column, image))
+        further = tuple(f"the column {name!r} (--set source.caption={name} takes it)" for name in others)
+        return dataclasses.replace(report, passed_over=further)
+
+    def _glances(self, column: str | None) -> Iterator[Glance]:
+        names = [column.partition(".")[0] if column not in (self._data.features or {}) else column] if column else []
+        rows = self._data.select_columns(names) if names and self._data.features else self._data
+        rows = rows.with_format("arrow")
+        if not names:
+            yield from (Glance("", "") for _ in range(1))
+            return
+        for row in rows:
+            try:
+                cells = {name: raw_values(row.column(name).combine_chunks())[0] for name in names}
+                yield Glance(f"column {column!r}", self._caption(cells, column))
+            except ReadProblem:
+                continue  # a failure of its own
 
     def describe(self) -> dict[str, Any]:
         fingerprint = getattr(self._data, "_fingerprint", None) if not self._is_stream() else None
@@ -107,6 +169,7 @@ class HuggingFaceSource:
             "filters": json.loads(json.dumps(dataclasses.asdict(self.filters))),
             "fingerprint": fingerprint,
             **({} if self.columns is None else {"columns": list(self.columns)}),
+            **({} if self.captions == "auto" else {"captions": self.captions}),
         }
 
     @cached_property
@@ -210,15 +273,23 @@ class HuggingFaceSource:
         self, key: str, row: pa.Table, image: str, caption: str | None, kept: set[str] | None
     ) -> RawSample | Failure:
         cell = row.column(image)[0].as_py()
-        wanted = set(row.column_names) if kept is None or self.filters.active else {*kept, caption}
+        root = self._root(caption)
+        wanted = set(row.column_names) if kept is None or self.filters.active else {*kept, root}
         needed = [name for name in row.column_names if name != image and name in wanted]
-        fields = arrow_rows(row.select(needed).combine_chunks().to_batches()[0])[0]
+        batch = row.select(needed).combine_chunks().to_batches()[0]
+        raw: dict[str, list[Any]] = {}
+        if root is not None and root in needed:
+            raw[root] = list(raw_values(batch.column(root)))
+        known = {name: list(map(json_value, map(readable, cells))) for name, cells in raw.items()}
+        fields = arrow_rows(batch, known)[0]
         if isinstance(fields, str):
             return Failure(key, "read", "bad_row", f"the row cannot be used: {fields}")
-        text = fields.pop(caption, "") if caption else ""
-        if isinstance(text, list):
-            text = text[0] if text else ""
-        text = text if isinstance(text, str) else ""
+        try:
+            text = self._caption({name: cells[0] for name, cells in raw.items()}, caption)
+        except ReadProblem as problem:
+            return Failure(key, "read", problem.reason, problem.message)
+        if root is not None and not isinstance(fields.get(root), list | dict):
+            fields.pop(root, None)  # of several captions those that were not taken stay
         if dropped := self.filters.drop(fields, text):
             return Failure(key, "read", *dropped)
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, None)
@@ -233,3 +304,23 @@ class HuggingFaceSource:
         if data is None:
             return Failure(key, "read", "no_image", f"the column {image!r} is empty")
         return RawSample(key, data, text, kept_fields(fields, kept, OURS))
+
+    def _root(self, caption: str | None) -> str | None:
+        """The column of a caption that may be an entry of it."""
+        if caption is None or caption in self._columns:
+            return caption
+        return caption.partition(".")[0]
+
+
+def _entries(feature: Any) -> list[str]:
+    """The entries of a struct: a webdataset's `json` is one."""
+    return list(feature) if isinstance(feature, dict) else []
+
+
+def _named(value: Any, label: Any) -> Any:
+    """Numbers of a ClassLabel as their names; a number that has none is no caption."""
+    if isinstance(value, list):
+        return [_named(item, label) for item in value]
+    if isinstance(value, int) and 0 <= value < label.num_classes:
+        return label.int2str(value)
+    return None if value in (None, -1) else value

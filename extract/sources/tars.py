@@ -4,7 +4,8 @@ One input tar is one unit, and so one output shard: the tars' own partition is k
 order and anywhere in their tar. Nothing is unpickled, nothing is unpacked to the disk; members that are not an image,
 a caption or json are ignored.
 
-    image     .jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif       caption   .txt .caption, else a field of .json
+    image     .jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif
+    caption   .txt .caption .text ... (extract.sources.caption_names), else a field of .json
     metadata  .json, kept as it came
 
 Beside a tar of img2dataset lies a parquet table of all its rows: what failed there is listed here as a failure, too.
@@ -17,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -25,7 +26,10 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from extract.sources import Failure, InputFile, RawSample, Unit
-from extract.sources.files import input_file
+from extract.sources.caption_names import CAPTION_SUFFIXES, CAPTION_TREE, IMAGE_TREE, LIKELY_SUFFIXES
+from extract.sources.caption_reader import Caption, caption_in, caption_of_bytes
+from extract.sources.caption_report import CaptionReport, Glance, report_of
+from extract.sources.files import ReadProblem, input_file
 from extract.sources.filters import Filters
 from extract.sources.foreign_tar import Member, read_member, scan
 from extract.sources.tar_keys import Origin, TarKeys, are_apart, labels_of
@@ -38,12 +42,11 @@ from shards.sample import KEY, MAX_MEMBER_BYTES
 from shards.writer import committed_mark
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-CAPTION_SUFFIXES = ("txt", "caption")
-CAPTION_FIELDS = ("caption", "text", "TEXT", "prompt")
 MAX_TEXT_BYTES = MAX_METADATA_BYTES
 """Captions and json above this are refused; they are read whole into memory."""
 _COUNTED_TARS = 10_000
 _LOOKED_UP = 64
+_GLANCED_BYTES = 256 << 20
 
 Where = dict[str, Member]
 """The members of one sample: suffix -> place."""
@@ -58,6 +61,9 @@ class TarSource:
     image_member: the member that is the image, such as "webp" or "original.jpg"; without it the one that has the suffix of
     an image, and a sample that has several is a failure.
     columns: the fields of the json that are kept; None for all.
+    captions: "auto", or "none": they are left out. caption_suffix: of the members that hold them, instead of the usual ones.
+    caption_column: the field of the json that holds them (`caption.en`: an entry of it); it comes before all members.
+    encoding: of members that are not UTF-8.
     filters: on the fields of a sample's json, and on its caption; applied before its image is read.
     """
 
@@ -65,6 +71,10 @@ class TarSource:
     keys: str = "auto"
     image_member: str | None = None
     columns: tuple[str, ...] | None = None
+    captions: Literal["auto", "none"] = "auto"
+    caption_suffix: str | None = None
+    caption_column: str | None = None
+    encoding: str | None = None
     filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
@@ -94,7 +104,9 @@ class TarSource:
     def describe(self) -> dict[str, Any]:
         addresses = self.addresses()
         listing = "\n".join(addresses).encode()
-        described = {
+        chosen = {name: getattr(self, name) for name in ("caption_suffix", "caption_column", "encoding")}
+        chosen["captions"] = None if self.captions == "auto" else self.captions
+        described = {name: value for name, value in chosen.items() if value is not None} | {
             "kind": "tars",
             "tars": len(addresses),
             "listing": hashlib.sha256(listing).hexdigest(),
@@ -129,6 +141,26 @@ class TarSource:
             if label := labels.get(address.rpartition("/")[0]):
                 items["label"] = label
             yield Unit(index, items, files)
+
+    def caption_report(self, limit: int | None = None) -> CaptionReport:
+        """Where captions come from, by the first tars' first samples."""
+        if self.captions == "none":
+            return CaptionReport(inputs=0, filled=0, complete=True, wanted=False)
+        settings = {"member": "source.caption_suffix", "field": "source.caption_column"}
+        return report_of(self._glances(), limit=limit, settings=settings)
+
+    def _glances(self) -> Iterator[Glance]:
+        """What each sample has for a caption; of a large tar, that of its first samples."""
+        for address in self.addresses():
+            try:
+                with _open(address) as (file, size):
+                    samples = _samples(scan(file, min(size, _GLANCED_BYTES))[0])
+                    if size > _GLANCED_BYTES and len(samples) > 1:
+                        samples.popitem()  # it may go on
+                    for where in samples.values():
+                        yield from _glance(file, where, self)
+            except OSError:
+                continue  # a failure of its own
 
     def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
         """The samples of one tar in the order of their first members; then what img2dataset lists as failed."""
@@ -170,7 +202,7 @@ class TarSource:
                     arrived.add(last)
                 for name, where in samples.items():
                     arrived.add(name)
-                    yield _read_sample(file, legal_key(prefix + name), where, self.filters, self.image_member)
+                    yield _read_sample(file, legal_key(prefix + name), where, self)
         except OSError as error:
             problem = f"it cannot be read ({error})"
         if problem:
@@ -250,7 +282,35 @@ def _samples(members: list[Member]) -> dict[str, list[tuple[str, Member]]]:
         if any(s == suffix and other.archive != member.archive for s, other in samples.get(name, ())):
             name = f"{name} (archive {member.archive + 1})"
         samples.setdefault(name, []).append((suffix, member))
+    return _with_trees(samples)
+
+
+def _with_trees(samples: dict[str, list[tuple[str, Member]]]) -> dict[str, list[tuple[str, Member]]]:
+    """The samples, with captions of a folder of their own (`captions/a.txt`) at their images (`images/a.jpg`)."""
+    alone = {name for name, where in samples.items() if "/" in name and not any(s in IMAGE_SUFFIXES for s, _ in where)}
+    if not alone:
+        return samples
+    images: dict[str, list[str]] = {}
+    for name in samples.keys() - alone:
+        images.setdefault(_without_tree(name, IMAGE_TREE), []).append(name)
+    for name in sorted(alone):
+        plain = _without_tree(name, CAPTION_TREE)
+        owners = images.get(plain, []) if plain != name else []
+        suffixes = {suffix for suffix, _ in samples[name]}
+        if (
+            len(owners) == 1
+            and suffixes <= {*CAPTION_SUFFIXES, "json"}
+            and suffixes.isdisjoint(dict(samples[owners[0]]))
+        ):
+            samples[owners[0]] += samples.pop(name)
     return samples
+
+
+def _without_tree(name: str, tree: re.Pattern[str]) -> str:
+    """A sample's name without the first folder that is called like a tree."""
+    *folders, base = name.split("/")
+    at = next((at for at, folder in enumerate(folders) if tree.fullmatch(folder)), None)
+    return name if at is None else "/".join((*folders[:at], *folders[at + 1 :], base))
 
 
 def _last_is_thin(samples: Mapping[str, list[tuple[str, Member]]]) -> bool:
@@ -264,9 +324,7 @@ def _count(address: str) -> int:
         return len(_samples(scan(file, size)[0])) + len(_img2dataset_rows(address)[0] or ())
 
 
-def _read_sample(
-    file: IO[bytes], key: str, where: list[tuple[str, Member]], filters: Filters, image_member: str | None
-) -> RawSample | Failure:
+def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], source: TarSource) -> RawSample | Failure:
     """One sample from the places of its members."""
 
     def failure(reason: str, message: str) -> Failure:
@@ -277,15 +335,16 @@ def _read_sample(
         if suffix in members:
             return failure("duplicate_member", f"the tar has two members {member.name!r}")
         members[suffix] = member
-    images = _images_among(members, image_member)
+    images = _images_among(members, source.image_member)
     if not images:
-        return failure("no_image", _no_image(members, image_member))
+        return failure("no_image", _no_image(members, source.image_member))
     if len(images) > 1:
         names = " and ".join(repr(members[suffix].name) for suffix in images)
         return failure(
             "several_images", f"both {names} may be its image; choose with source.image_member = {images[0]!r}"
         )
-    for suffix in (*images, *(name for name in (*CAPTION_SUFFIXES, "json") if name in members)):
+    texts, fields = _caption_members(members, images[0], source), _json_member(members, images[0])
+    for suffix in (images[0], *texts[:1], *fields):
         member = members[suffix]
         if member.problem:
             return failure(*member.problem)
@@ -297,26 +356,19 @@ def _read_sample(
                 "too_many_bytes", f"{members[suffix].name!r} has {members[suffix].size} bytes, above {bound}"
             )
 
-    def data(suffix: str) -> bytes:
-        return read_member(file, members[suffix])
-
     meta: dict[str, Any] = {}
-    if "json" in members:
+    if fields:
         try:
-            meta = parse_json_object(data("json"))
+            meta = parse_json_object(_data(file, members[fields[0]]))
         except MetadataError as error:
             return failure("bad_metadata", f"its json cannot be used: {error}")
-    captions = [suffix for suffix in CAPTION_SUFFIXES if suffix in members]
-    if captions:
-        try:
-            caption = data(captions[0]).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            return failure("caption_not_utf8", f"its {captions[0]} is not UTF-8: {error}")
-    else:
-        caption = _caption_of(meta)
-    if dropped := filters.drop(meta, caption):
+    try:
+        caption = _caption_of(file, members, texts, meta, source)
+    except ReadProblem as problem:
+        return failure(problem.reason, problem.message)
+    if dropped := source.filters.drop(meta, caption.text):
         return failure(*dropped)
-    return RawSample(key, data(images[0]), caption, meta)
+    return RawSample(key, _data(file, members[images[0]]), caption.text, meta, caption.passed_over)
 
 
 def _images_among(members: Where, image_member: str | None) -> list[str]:
@@ -336,8 +388,65 @@ def _no_image(members: Where, image_member: str | None) -> str:
     return f"{listed}; none is an image{advice}"
 
 
-def _caption_of(meta: Mapping[str, Any]) -> str:
-    return next((meta[field] for field in CAPTION_FIELDS if isinstance(meta.get(field), str)), "")
+def _glance(file: IO[bytes], where: list[tuple[str, Member]], source: TarSource) -> Iterator[Glance]:
+    """What a sample has for a caption; nothing for one that is a failure."""
+    members = dict(where)
+    images = _images_among(members, source.image_member)
+    if len(images) != 1 or any(member.problem or member.is_folder for member in members.values()):
+        return
+    image = images[0]
+    texts, fields = _caption_members(members, image, source), _json_member(members, image)
+    if any(members[suffix].size > MAX_TEXT_BYTES for suffix in (*fields, *texts[:1])):
+        return
+    try:
+        meta = parse_json_object(_data(file, members[fields[0]])) if fields else {}
+        caption = _caption_of(file, members, texts, meta, source)
+    except (ReadProblem, MetadataError):
+        return
+    in_member = caption.field.startswith(".")
+    origin = f"member {caption.field}" if in_member else f"field {caption.field!r} of the .json"
+    yield Glance(origin, caption.text, caption.passed_over)
+
+
+def _data(file: IO[bytes], member: Member) -> bytes:
+    return read_member(file, member)
+
+
+def _json_member(members: Mapping[str, Member], image: str) -> list[str]:
+    """The suffix of a sample's metadata, if there are any: `a.json`, or `a.jpg.json` of the image `a.jpg`."""
+    return [suffix for suffix in ("json", f"{image}.json") if suffix in members][:1]
+
+
+def _caption_members(members: Mapping[str, Member], image: str, source: TarSource) -> list[str]:
+    """The suffixes of a sample's members that may hold its caption, in order; those that are empty come last."""
+    if source.captions == "none":
+        return []
+    given = source.caption_suffix
+    suffixes = CAPTION_SUFFIXES if given is None else (given.lower().lstrip("."),)
+    named = [suffix for name in suffixes for suffix in (name, f"{name}.gz", f"{image}.{name}", f"{image}.{name}.gz")]
+    found = [suffix for suffix in named if suffix in members]
+    return sorted(found, key=lambda suffix: members[suffix].size == 0)
+
+
+def _caption_of(
+    file: IO[bytes], members: Mapping[str, Member], texts: list[str], meta: Mapping[str, Any], source: TarSource
+) -> Caption:
+    """The caption of a sample: of the field that the user named, its first member with text, or its json."""
+    if source.captions == "none":
+        return Caption("")
+    if source.caption_column is not None:
+        return caption_in(meta, source.caption_column, MAX_TEXT_BYTES)
+    for suffix in texts[:1]:
+        text = caption_of_bytes(_data(file, members[suffix]), MAX_TEXT_BYTES, suffix, source.encoding)
+        if text.strip():
+            return Caption(text, f".{suffix}")
+    found = caption_in(meta, None, MAX_TEXT_BYTES)
+    others = [suffix for suffix in members if suffix in LIKELY_SUFFIXES and members[suffix].size]
+    return (
+        found
+        if found.text.strip()
+        else Caption("", "", (*(f"member .{suffix}" for suffix in others), *found.passed_over))
+    )
 
 
 # ---- beside a tar ----------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ Nothing here holds more than a batch of rows in memory. A row of a parquet file 
 file by its number and the byte where the range that it belongs to starts, which planning notes on its one pass.
 """
 
+import contextlib
 import csv
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from extract.sources import InputFile
+from extract.sources.caption_reader import check_distinct, check_type, check_values, entry_of, raw_values
+from extract.sources.encodings import HEAD_BYTES, checked_encoding, table_encoding
 from extract.sources.filters import Column
 from extract.sources.tars import expand_braces
 from extract.sources.values import arrow_rows, json_value, parse_json_object, within_limits
@@ -104,10 +107,14 @@ def _matches(pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """One table. header: the names of its columns if the file has none of its own (csv, tsv)."""
+    """One table. header: the names of its columns if the file has none of its own (csv, tsv).
+
+    encoding: of a text table, as the user named it; None: UTF-8, or found out.
+    """
 
     address: str
     header: tuple[str, ...] = ()
+    encoding: str | None = None
 
     @property
     def is_parquet(self) -> bool:
@@ -118,17 +125,58 @@ class Table:
 
     @cached_property
     def columns(self) -> list[str]:
-        """The names of the columns; of a jsonl file those of its first rows. Raises UserError if it cannot be read."""
+        """The names of the columns; of a jsonl file those of its first rows.
+
+        Raises UserError if it cannot be read, UsageError if two columns have one name.
+        """
+        if self.is_parquet:
+            names = list(self._schema.names)
+        elif self.address.endswith(".jsonl"):
+            names = list(dict.fromkeys(name for row in self._head for name in row))
+        else:
+            with self._reading() as file:
+                names = list(self.header) or self._own_header(_Lines(file))
+        check_distinct(names, self.address)
+        return names
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        """The columns of a parquet file."""
+        with self._reading() as file:
+            return pq.ParquetFile(file).schema_arrow
+
+    @cached_property
+    def _head(self) -> list[dict[str, Any]]:
+        """The first rows of a jsonl file."""
+        with self._reading() as file:
+            rows = itertools.islice(self._json_rows(_Lines(file)), _HEAD_ROWS)
+            return [row for row in rows if isinstance(row, dict)]
+
+    @cached_property
+    def text_encoding(self) -> str:
+        """The encoding of a text table. Raises UsageError if the user must name it."""
+        if self.address.endswith(".jsonl"):
+            return checked_encoding(self.encoding) if self.encoding else "utf-8"
+        with self._reading() as file:
+            return table_encoding(file.read(HEAD_BYTES), self.encoding, self.address)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[IO[bytes]]:
+        """The file, opened; what goes wrong with it is a UserError."""
         try:
             with self._open() as file:
-                if self.is_parquet:
-                    return list(pq.ParquetFile(file).schema_arrow.names)
-                if self.address.endswith(".jsonl"):
-                    head = itertools.islice(_json_rows(_Lines(file)), _HEAD_ROWS)
-                    return list(dict.fromkeys(name for row in head if isinstance(row, dict) for name in row))
-                return list(self.header) or self._own_header(_Lines(file))
+                yield file
         except read_errors() as error:
             raise UserError(f"cannot read the table {self.address}: {error}") from error
+
+    def check_captions(self, field: str, named: bool) -> None:
+        """Raises UsageError if this column (or `column.entry`) cannot hold captions."""
+        column = field if field in self.columns else field.partition(".")[0]
+        if self.is_parquet:
+            check_type(self._schema.field(column).type, field, named, self.address)
+            return
+        if self.address.endswith(".jsonl"):
+            check_values([entry_of(row, field) for row in self._head], field, named, self.address)
 
     def _own_header(self, lines: "_Lines") -> list[str]:
         return next((fields for fields in self._reader(lines) if isinstance(fields, list)), [])
@@ -182,10 +230,13 @@ class Table:
             offset = lines.position
         yield offset
 
-    def rows(self, cut: Cut, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | str]:
+    def rows(
+        self, cut: Cut, columns: Sequence[str] | None = None, raw: Container[str] = ()
+    ) -> Iterator[dict[str, Any] | str]:
         """The rows of a range as JSON values, or what is wrong with a row. Raises one of read_errors().
 
-        columns: of a parquet file, those that are needed; others are not read.
+        columns: of a parquet file, those that are needed; others are not read. raw: columns whose values stay as they are:
+        text that is not Unicode as bytes, or with surrogates.
         """
         if cut.start >= cut.stop:
             return
@@ -193,13 +244,17 @@ class Table:
             if self.is_parquet:
                 needed = None if columns is None else list(columns)
                 for batch in _parquet_batches(pq.ParquetFile(file), needed, cut.start, cut.stop):
-                    yield from arrow_rows(batch)
+                    known = {name: list(raw_values(batch.column(name))) for name in batch.schema.names if name in raw}
+                    yield from arrow_rows(batch, known)
             else:
                 file.seek(cut.offset)
-                yield from itertools.islice(self._text_rows(_Lines(file)), cut.stop - cut.start)
+                yield from itertools.islice(self._text_rows(_Lines(file), raw), cut.stop - cut.start)
 
     def batches(self, names: Sequence[str], stop: int) -> Iterator[Mapping[str, Column]]:
-        """The columns `names` of the first `stop` rows, in batches. Raises UserError if it cannot be read."""
+        """The columns `names` of the first `stop` rows, in batches, as rows(raw=names) has them.
+
+        Raises UserError if it cannot be read.
+        """
         try:
             with self._open() as file:
                 if self.is_parquet:
@@ -209,7 +264,7 @@ class Table:
                 lines = _Lines(file)
                 if not self.header and not self.address.endswith(".jsonl"):
                     self._own_header(lines)
-                rows = itertools.islice(self._text_rows(lines), stop)
+                rows = itertools.islice(self._text_rows(lines, names), stop)
                 while group := list(itertools.islice(rows, _BATCH_ROWS)):
                     yield {name: [row.get(name) if isinstance(row, dict) else None for row in group] for name in names}
         except read_errors() as error:
@@ -222,7 +277,7 @@ class Table:
 
         csv is read with double quotes, as Excel and pandas write it; in tsv a quote is a character like any other.
         """
-        texts = (line.decode("utf-8", "surrogateescape") for line in lines)
+        texts = (line.decode(self.text_encoding, "surrogateescape") for line in lines)
         if self.address.endswith(".tsv"):
             yield from (text.rstrip("\r\n").split("\t") for text in texts if text.strip("\r\n"))
             return
@@ -238,9 +293,9 @@ class Table:
             if fields:
                 yield fields
 
-    def _text_rows(self, lines: "_Lines") -> Iterator[dict[str, Any] | str]:
+    def _text_rows(self, lines: "_Lines", raw: Container[str]) -> Iterator[dict[str, Any] | str]:
         if self.address.endswith(".jsonl"):
-            yield from _json_rows(lines)
+            yield from self._json_rows(lines)
             return
         columns = self.columns
         position = lines.position
@@ -252,10 +307,21 @@ class Table:
                 yield f"it has {len(fields)} fields; the table has {len(columns)} columns"
             else:
                 row = {
-                    name: text if text.isascii() else json_value(text)
+                    name: text if text.isascii() or name in raw else json_value(text)
                     for name, text in zip(columns, fields, strict=True)
                 }
                 yield within_limits(row, size)
+
+    def _json_rows(self, lines: "_Lines") -> Iterator[dict[str, Any] | str]:
+        """The rows of a jsonl file, or what is wrong with a row."""
+        encoding = self.text_encoding
+        for line in _json_lines(lines):
+            try:
+                yield parse_json_object(line if encoding == "utf-8" else line.decode(encoding))
+            except UnicodeDecodeError as error:
+                yield f"it is not {encoding}: {error}"
+            except MetadataError as error:
+                yield str(error)
 
 
 class _Lines:
@@ -279,14 +345,6 @@ class _Lines:
 
 def _json_lines(lines: _Lines) -> Iterator[bytes]:
     return (line for line in lines if line.strip())
-
-
-def _json_rows(lines: _Lines) -> Iterator[dict[str, Any] | str]:
-    for line in _json_lines(lines):
-        try:
-            yield parse_json_object(line)
-        except MetadataError as error:
-            yield str(error)
 
 
 def _cut(rows: int | Iterable[int], first: int, step: int) -> Iterator[Cut]:

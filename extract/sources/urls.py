@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -27,21 +27,23 @@ from extract.download.downloader import Batch, Downloaded, Downloader, DownloadS
 from extract.download.responses import DownloadProblem
 from extract.reasons import REASONS
 from extract.sources import Failure, InputFile, RawSample, Unit
-from extract.sources.captions import checked_caption
+from extract.sources.caption_names import WEB_FIELDS, likely_fields, usual_fields
+from extract.sources.caption_reader import caption_of_value, check_named, entry_of, raw_values, readable
+from extract.sources.caption_report import CaptionReport, Glance, report_of
 from extract.sources.files import ReadProblem, place_of
 from extract.sources.filters import Column, Filters, listed
 from extract.sources.url_tables import Cut, Table, find_tables, read_errors
-from extract.sources.values import kept_fields
+from extract.sources.values import json_value, kept_fields
 from shards.core.errors import UsageError, UserError
 from shards.edit.duplicates import Repeats, find_repeats
 
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")  # in any mix of upper and lower case
-CAPTION_COLUMNS = ("caption", "text", "alt", "alt_text", "prompt", "description", "title")
 MAX_CAPTION_BYTES = 64 << 10
 SCREENED_ROWS = 256  # filtered together
 _OURS = ("intrinsics", "download")  # fields of a sample's json that a column must not hide
 _KEY = re.compile(r"(\d{5,})-(\d{9,})")
 _COUNTED_BYTES = 256 << 20
+_UNREADABLE = re.compile("[\ud800-\udfff]")
 
 
 class Range(NamedTuple):
@@ -58,12 +60,21 @@ class Range(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Where a table has what we need. values: for the filters; hashes: (sha256 or md5, column)."""
+    """Where a table has what we need. values: for the filters; hashes: (sha256 or md5, column).
+
+    caption: the column, or `column.entry`; "" if there are no captions. caption_root: the column itself.
+    """
 
     url: str
     caption: str
+    caption_root: str
     values: dict[str, str]
     hashes: tuple[tuple[str, str], ...]
+
+    @property
+    def raw(self) -> frozenset[str]:
+        """The columns whose text is looked at before it becomes JSON."""
+        return frozenset((self.url, self.caption_root)) - {""}
 
 
 class Row(NamedTuple):
@@ -80,7 +91,9 @@ class Row(NamedTuple):
 class UrlSource:
     """tables: files, folders, globs or braces, local or fsspec, of parquet, csv, tsv or jsonl; one or a list.
 
-    url_column, caption_column: found by usual names if not given; caption_column = "" means that there are no captions.
+    url_column, caption_column: found by usual names if not given (`caption.en` is an entry of a struct).
+    captions: "auto", or "none": there are none (so does caption_column = "").
+    encoding: of csv and tsv files that are not UTF-8.
     header: the columns' names, for csv and tsv files that have none.
     distinct: what must not be the same in two rows; the first row that passes the filters is kept. "url"; "content":
         the downloaded bytes, within one shard; or the name of a column, such as a hash that the table states.
@@ -98,6 +111,8 @@ class UrlSource:
     sha256_column: str | None = None
     md5_column: str | None = None
     columns: tuple[str, ...] | None = None
+    captions: Literal["auto", "none"] = "auto"
+    encoding: str | None = None
     filters: Filters = field(default_factory=Filters)
     download: DownloadSettings = field(default_factory=DownloadSettings)
 
@@ -112,7 +127,7 @@ class UrlSource:
 
     @cached_property
     def _tables(self) -> list[Table]:
-        return [Table(address, self.header) for address in find_tables(self.tables)]
+        return [Table(address, self.header, self.encoding) for address in find_tables(self.tables)]
 
     def describe(self) -> dict[str, Any]:
         """The names, sizes and last 64 KiB of all tables as one digest, and the settings that choose rows."""
@@ -125,8 +140,9 @@ class UrlSource:
                 size += max(0, table_size)
         settings = json.loads(json.dumps(dataclasses.asdict(self)))  # with lists, as dataset.json gives them back
         del settings["tables"], settings["download"]
-        if self.columns is None:
-            del settings["columns"]  # as in datasets from before there was this setting
+        for name, default in (("columns", None), ("captions", "auto"), ("encoding", None)):
+            if settings[name] == default:
+                del settings[name]  # as in datasets from before there was this setting
         names = "\0".join(table.address.rsplit("/", 1)[-1] for table in self._tables)
         return {
             "kind": "urls",
@@ -232,14 +248,17 @@ class UrlSource:
                     f"source.distinct names {name!r}, but {table.address} has only {', '.join(table.columns)}"
                 )
             needed = {column, columns.url, *columns.values.values()}
-            if self.filters.needs_captions and columns.caption:
-                needed.add(columns.caption)
+            if columns.caption:
+                needed.add(columns.caption_root)
             stop = (1 << 60) if limit is None else limit - row
             for batch in table.batches(sorted(needed), stop):
                 texts = listed(batch[column])
-                counts = self.filters.passing(*self._filtered(columns, batch, len(texts)))
-                if column != columns.url:
-                    counts &= np.array([_is_url(url) for url in listed(batch[columns.url])], bool)
+                captions, bad = self._captions_of(columns, batch, len(texts))
+                values = {quantity: batch[name] for quantity, name in columns.values.items()}
+                counts = self.filters.passing(values, captions)
+                counts[list(bad)] = False  # a failure; it must not take the rows after it along
+                addresses = [_is_url(readable(url)) for url in raw_values(batch[columns.url])]
+                counts &= np.array(addresses, bool)
                 for found in earlier:
                     counts[found.within(row, row + len(texts))] = False
                 kept = zip(texts, counts.tolist(), strict=True)
@@ -279,13 +298,13 @@ class UrlSource:
 
     def _rows(self, part: Range) -> Iterator[Row | Failure]:
         """The rows of a range: what is to be downloaded, and a failure for every other."""
-        table = Table(part.address, self.header)
+        table = Table(part.address, self.header, self.encoding)
         wanted = iter(range(part.cut.stop - part.cut.start) if part.only is None else part.only)
         following = next(wanted, None)
         group: list[tuple[int, dict[str, Any] | str]] = []
         try:
             columns = self._columns(table)
-            for number, row in enumerate(table.rows(part.cut, self._needed(table, columns))):
+            for number, row in enumerate(table.rows(part.cut, self._needed(table, columns), columns.raw)):
                 if number == following:
                     group.append((number, row))
                     following = next(wanted, None)
@@ -314,32 +333,37 @@ class UrlSource:
     ) -> Iterator[Row | Failure]:
         """Filters rows that were read together."""
         good = [row if isinstance(row, dict) else {} for _, row in group]
-        names = [columns.url, columns.caption, *columns.values.values()]
+        names = [columns.url, columns.caption_root, *columns.values.values()]
         batch = {name: [row.get(name) for row in good] for name in names}
-        drops = self.filters.drops(*self._filtered(columns, batch, len(good)))
+        captions, bad = self._captions_of(columns, batch, len(good))
+        values = {quantity: batch[name] for quantity, name in columns.values.items()}
+        drops = self.filters.drops(values, captions)
         repeated = [(name, frozenset(numbers)) for name, numbers in part.repeated]
-        for (number, row), drop in zip(group, drops, strict=True):
+        for place, ((number, row), drop) in enumerate(zip(group, drops, strict=True)):
             key = self._key(part, number)
             try:
                 if isinstance(row, str):
                     raise ReadProblem("bad_row", f"row {part.cut.start + number} of {part.address} is bad: {row}")
+                if problem := bad.get(place):
+                    raise problem
                 if drop:
                     raise ReadProblem(*drop)
-                yield self._row(key, row, columns, [name for name, numbers in repeated if number in numbers])
+                repeats = [name for name, numbers in repeated if number in numbers]
+                yield self._row(key, row, captions[place], columns, repeats)
             except ReadProblem as problem:
                 yield Failure(key, REASONS[problem.reason].stage, problem.reason, problem.message)
 
-    def _row(self, key: str, row: dict[str, Any], columns: Columns, repeats: Sequence[str]) -> Row:
-        url = row.get(columns.url)
-        if not _is_url(url):
+    def _row(self, key: str, row: dict[str, Any], caption: str, columns: Columns, repeats: Sequence[str]) -> Row:
+        if not _is_url(readable(row.get(columns.url))):
             raise ReadProblem("bad_row", f"its {columns.url!r} is not a URL")
+        row = {name: json_value(readable(value)) if name in columns.raw else value for name, value in row.items()}
+        url = str(row[columns.url])
         for name in repeats:
             if name == "url":
                 raise ReadProblem("filtered_repeated_url", "an earlier row has the same URL")
             raise ReadProblem(
                 "filtered_repeated_hash", f"an earlier row has the same {name} {str(row.get(name))[:80]!r}"
             )
-        caption = checked_caption(_text(row.get(columns.caption)), MAX_CAPTION_BYTES)
         hashes = {kind: str(row[name]).strip().lower() for kind, name in columns.hashes if row.get(name)}
         return Row(key, url.strip(), caption, row, hashes)
 
@@ -375,11 +399,9 @@ class UrlSource:
         """Where this table has what the settings ask for. Raises UsageError if it lacks something."""
         names = table.columns
         if not names and not table.is_parquet:  # an empty file; or no line can be read, and each will be a bad row
-            return Columns("", "", dict.fromkeys(self.filters.needs, ""), ())
+            return Columns("", "", "", dict.fromkeys(self.filters.needs, ""), ())
         url = _column(table, self.url_column, URL_COLUMNS, "url_column", "the URLs")
-        caption = ""
-        if self.caption_column != "":
-            caption = _column(table, self.caption_column, CAPTION_COLUMNS, "caption_column", "the captions")
+        caption, root = self._caption_column(table)
         hashes = []
         if self.verify_hash:
             for kind, given in (("sha256", self.sha256_column), ("md5", self.md5_column)):
@@ -390,24 +412,101 @@ class UrlSource:
         for name in self.columns or ():
             if name not in names:
                 raise UsageError(f"source.columns names {name!r}, but {table.address} has only {', '.join(names)}")
-        return Columns(url, caption, self.filters.columns(names, table.address), tuple(hashes))
+        return Columns(url, caption, root, self.filters.columns(names, table.address), tuple(hashes))
 
     def _needed(self, table: Table, columns: Columns) -> list[str] | None:
         """The columns to read, in the table's order; None for all."""
         if self.columns is None:
             return None
-        needed = {columns.url, columns.caption, *columns.values.values(), *self.columns, *self.distinct}
+        needed = {columns.url, columns.caption_root, *columns.values.values(), *self.columns, *self.distinct}
         needed.update(name for _, name in columns.hashes)
         return [name for name in table.columns if name in needed]
 
-    def _filtered(
+    def _caption_column(self, table: Table) -> tuple[str, str]:
+        """The field of the captions (`caption`, `caption.en`), and its column; "" twice without captions.
+
+        Raises UsageError if there is none, or it cannot hold captions.
+        """
+        if self.captions == "none" or self.caption_column == "":
+            return "", ""
+        if (field := self.caption_column) is not None:
+            check_named(field, table.columns, table.address)
+        else:
+            usual = usual_fields(table.columns, WEB_FIELDS)
+            if not usual:
+                likely = "".join(f"; {name!r} looks like it" for name in likely_fields(table.columns)[:1])
+                raise UsageError(
+                    f"none of the columns of {table.address} has a usual name for the captions (they are: "
+                    f"{', '.join(table.columns) or 'none'}){likely}; name it with source.caption_column, or set "
+                    "source.captions to 'none' if it has no captions"
+                )
+            field = usual[0]
+        table.check_captions(field, named=self.caption_column is not None)
+        return field, field if field in table.columns else field.partition(".")[0]
+
+    def _captions_of(
         self, columns: Columns, batch: Mapping[str, Column], count: int
-    ) -> tuple[dict[str, Column], Sequence[str]]:
-        """Of `count` rows, given as columns, what the filters look at: values and captions."""
-        captions = [""] * count
-        if self.filters.needs_captions and columns.caption:
-            captions = [_text(value) for value in listed(batch[columns.caption])]
-        return {quantity: batch[name] for quantity, name in columns.values.items()}, captions
+    ) -> tuple[list[str], dict[int, ReadProblem]]:
+        """The captions of `count` rows, given as columns, and of those that have none to use what is wrong; by their places.
+
+        The same in planning and in work: so a row that fails never takes a later one with the same URL along.
+        """
+        if not columns.caption:
+            return [""] * count, {}
+        named = self.caption_column is not None
+        captions: list[str] = []
+        bad: dict[int, ReadProblem] = {}
+        for place, value in enumerate(raw_values(batch[columns.caption_root])):
+            caption = ""
+            if columns.caption != columns.caption_root:
+                value = entry_of({columns.caption_root: value}, columns.caption)
+            try:
+                caption = caption_of_value(value, columns.caption, MAX_CAPTION_BYTES, named=named).strip()
+            except ReadProblem as problem:
+                bad[place] = problem
+            captions.append(caption)
+        return captions, bad
+
+    # ---- what is said of captions ------------------------------------------------------------------------------------
+
+    def caption_report(self, limit: int | None = None) -> CaptionReport:
+        """Where captions come from, by the columns and the first rows."""
+        if self.captions == "none" or self.caption_column == "":
+            return CaptionReport(inputs=0, filled=0, complete=True, wanted=False)
+        report = report_of(self._glances(), limit=limit, notes=tuple(self._notes()))
+        first = self._tables[0]
+        taken = self._columns(first)
+        further = [
+            f"the column {name!r} (--set source.caption_column={name} takes it)"
+            for name in likely_fields(first.columns)
+            if name not in (taken.caption_root, taken.url)
+        ]
+        return dataclasses.replace(report, passed_over=(*report.passed_over, *further))
+
+    def _glances(self) -> Iterator[Glance]:
+        for table in self._tables:
+            columns = self._columns(table)
+            if not columns.caption:
+                continue
+            origin = f"column {columns.caption!r}"
+            try:
+                for batch in table.batches([columns.caption_root], 1 << 60):
+                    captions, bad = self._captions_of(columns, batch, len(batch[columns.caption_root]))
+                    yield from (Glance(origin, text) for place, text in enumerate(captions) if place not in bad)
+            except UsageError:
+                raise
+            except UserError:
+                return  # its rows are failures of their own
+
+    def _notes(self) -> Iterator[str]:
+        """Tables whose encoding was found out."""
+        found = [table for table in self._tables if not table.is_parquet and table.text_encoding != "utf-8"]
+        if found and self.encoding is None:
+            names = ", ".join(table.address.rsplit("/", 1)[-1] for table in found[:3])
+            yield (
+                f"{names}{', ...' if len(found) > 3 else ''}: not UTF-8, read as {found[0].text_encoding}; if that is wrong, "
+                "name another with source.encoding"
+            )
 
 
 def _column(table: Table, given: str | None, usual: Sequence[str], setting: str, what: str) -> str:
@@ -419,21 +518,13 @@ def _column(table: Table, given: str | None, usual: Sequence[str], setting: str,
     by_name = {name.lower(): name for name in reversed(table.columns)}
     found = next((by_name[name] for name in usual if name in by_name), None)
     if found is None:
-        hint = ", or set source.caption_column to '' if it has no captions" if setting == "caption_column" else ""
         raise UsageError(
             f"none of the columns of {table.address} has a usual name for {what} (they are: {available}); name it with "
-            f"source.{setting}{hint}"
+            f"source.{setting}"
         )
     return found
 
 
 def _is_url(value: Any) -> TypeGuard[str]:
     """Whether a cell may be one; what it leads to is seen later."""
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _text(value: Any) -> str:
-    """A caption's cell as text; of a list its first."""
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    return "" if value is None else str(value)
+    return isinstance(value, str) and bool(value.strip()) and _UNREADABLE.search(value) is None

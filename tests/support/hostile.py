@@ -250,7 +250,7 @@ def images() -> dict[str, tuple[bytes, str]]:
 # name of the image: (suffix and content of the file beside it, what becomes of it)
 CAPTIONS: dict[str, tuple[str, bytes, str]] = {
     "caption_latin1": (".txt", "ein Käfer".encode("latin-1"), "caption_not_utf8"),
-    "caption_utf16": (".txt", "a beetle".encode("utf-16"), "caption_not_utf8"),
+    "caption_utf16": (".txt", "a beetle".encode("utf-16"), OK),
     "caption_nul": (".txt", b"a\0beetle", "caption_not_utf8"),
     "caption_huge": (".txt", b"beetle " * 20_000, "caption_too_long"),
     "caption_bom": (".txt", b"\xef\xbb\xbfa beetle\r\n", OK),
@@ -259,7 +259,7 @@ CAPTIONS: dict[str, tuple[str, bytes, str]] = {
     "json_broken": (".json", b'{"caption": "a beet', "bad_metadata"),
     "json_deep": (".json", b'{"a":' * 100_000, "bad_metadata"),
     "json_surrogate": (".json", b'{"caption": "a", "note": "\\ud800"}', OK),
-    "json_object_caption": (".json", b'{"caption": {"en": "a beetle"}}', "bad_metadata"),
+    "json_object_caption": (".json", b'{"caption": {"en": "a beetle", "fi": "kovakuoriainen"}}', "bad_metadata"),
     "json_nan": (".json", b'\xef\xbb\xbf{"TEXT": "a beetle", "score": NaN, "big": 1e999}', OK),
     "json_number": (".json", b'{"caption": 7}', OK),
     "json_huge": (".json", b'{"caption": "a"' + b" " * (2 << 20) + b"}", "bad_metadata"),

@@ -205,7 +205,7 @@ def test_rows_that_cannot_be_used_are_counted_one_by_one(tmp_path: Path) -> None
     fill(tmp_path, "a.jpg")
     (tmp_path / "t.csv").write_bytes(
         b"path,caption\na.jpg,one\na.jpg,two\n,nameless\ntoo,many,values\n../../etc/passwd,out\n"
-        b"b.jpg,caf\xe9\n" + b"c.jpg," + b"x" * (2 << 20) + b"\n"
+        b"b.jpg,caf\xc3\xa9 caf\xc3\xa9 caf\xe9\n" + b"c.jpg," + b"x" * (2 << 20) + b"\n"
     )
     fill(tmp_path, "b.jpg")
     reasons = [output.reason for output in outputs(FolderSource(str(tmp_path))) if isinstance(output, Failure)]

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -109,3 +110,58 @@ def test_a_dataset_that_is_not_there_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be loaded"):
         read(HuggingFaceSource("nobody/nothing"))
+
+
+# ---- captions of other types -----------------------------------------------------------------------------------------
+
+
+DOG = "a dog"
+
+
+def saved(path: Path, feature: Any, values: list[Any], name: str = "caption") -> str:
+    images = [{"bytes": png(1), "path": None}] * len(values)
+    features = datasets.Features({"image": datasets.Image(), name: feature})
+    datasets.Dataset.from_dict({"image": images, name: values}, features=features).save_to_disk(path)
+    return str(path)
+
+
+def captions(dataset: str, **settings: Any) -> list[str]:
+    outputs = read(HuggingFaceSource(dataset, **settings))
+    return [output.reason if isinstance(output, Failure) else output.caption for output in outputs]
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "expected"),
+    [
+        (datasets.Value("binary"), [b"a dog", b"caf\xe9"], [DOG, "caption_not_utf8"]),
+        (datasets.Value("large_string"), [DOG, None], [DOG, ""]),
+        (datasets.ClassLabel(names=["a cat", DOG]), [1, 0], [DOG, "a cat"]),
+        (datasets.List(datasets.Value("string")), [[None, "", DOG], []], [DOG, ""]),
+        ({"en": datasets.Value("string")}, [{"en": DOG}, {"en": ""}], [DOG, ""]),
+        (datasets.List({"raw": datasets.Value("string")}), [[{"raw": DOG}], []], [DOG, ""]),
+    ],
+)
+def test_columns_of_hugging_face_of_other_types(
+    tmp_path: Path, feature: Any, values: list[Any], expected: list[str]
+) -> None:
+    assert captions(saved(tmp_path / "d", feature, values)) == expected
+
+
+def test_columns_of_hugging_face_that_are_refused_or_named(tmp_path: Path) -> None:
+    two = {"en": datasets.Value("string"), "de": datasets.Value("string")}
+    path = saved(tmp_path / "two", two, [{"en": DOG, "de": "ein Hund"}])
+    with pytest.raises(UsageError, match=r"source.caption = 'caption.en'"):
+        HuggingFaceSource(path).caption_report()
+    assert captions(path, caption="caption.de") == ["ein Hund"]
+    number = saved(tmp_path / "number", datasets.Value("int64"), [5])
+    with pytest.raises(UsageError, match="int64"):
+        HuggingFaceSource(number).caption_report()
+    assert captions(number, caption="caption") == ["5"]
+
+
+def test_a_hugging_face_dataset_without_captions_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "d", datasets.ClassLabel(names=["cat", "dog"]), [0, 1], "label")
+    with pytest.raises(UsageError, match=r"(?s)no caption.*source.caption=label"):
+        HuggingFaceSource(path).caption_report().check()
+    assert captions(path, caption="label") == ["cat", "dog"]
+    HuggingFaceSource(path, captions="none").caption_report().check()
