@@ -21,8 +21,8 @@ from extract.world import compose, render
 from infer.condition import HOLDS, Given
 from infer.embedded import usual_guidance
 from infer.evaluation.agreement import MEASURES, Estimators, Maps, agreement
-from infer.sampler import CoGenerator
 from infer.model.vae import decode, encode
+from infer.sampler import CoGenerator
 from shards.inspect.display import Row, sheet
 from shards.packing import pack, unpack
 from train.demo.ground_truth import exact_maps

@@ -61,6 +61,9 @@ def base(
         int | None,
         typer.Option(min=1, help="End after this step with a pipeline; without it the same command continues."),
     ] = None,
+    twins: Annotated[
+        float, typer.Option(help="Fraction of steps in which self-attention reads a second, noised copy of each image.")
+    ] = 0.0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     compile: Annotated[
         bool,
@@ -79,7 +82,7 @@ def base(
         raise UsageError("--pretrained brings its own VAE: leave --vae out")
     begin, keep = (Path(resolve(given, "base")) if given else None for given in (pretrained, vae))
     amount: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "save_every": save_every}
-    amount |= {"architecture": architecture, "vae_steps": vae_steps, "stop_at": stop_at}
+    amount |= {"architecture": architecture, "vae_steps": vae_steps, "stop_at": stop_at, "twins": twins}
     config = BaseTraining(shards=shards, out=out, pretrained=begin, vae=keep, compile=compile, **amount)
     with _stopping():
         folder = train_base(config)

@@ -16,8 +16,9 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -37,6 +38,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from extract.world.grammar import parse
+from infer.model.denoiser import JointDenoiser
+from infer.model.schedules import Joint
 from shards.core.cores import cores
 from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
@@ -59,7 +62,7 @@ from train.lock import only_one
 from train.muon import StackedMuon, has_bf16
 from train.stop import Stop, Stopped
 
-NOISE = 4  # a purpose of train.data.generator_of
+NOISE, TWINS = 4, 5  # purposes of train.data.generator_of
 DECAY, BETAS = 0.01, (0.9, 0.99)  # of both optimisers
 
 
@@ -103,8 +106,18 @@ class BaseTraining:
     compile: bool = False
     architecture: str = EMBEDDED
     stop_at: int | None = None
+    twins: float = 0.0
+    """The fraction of steps in which each image is there twice, with noise and a timestep of each one's own, and
+    self-attention reads both (eq. 1). Without it self-attention has no need to find the same place in another image, which
+    is what joint attention asks of the frozen base."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.twins <= 1:
+            raise UsageError(f"--twins {self.twins}: give a fraction from 0 to 1")
+        if self.twins and self.batch % 2:
+            raise UsageError(f"--twins needs an even batch, not {self.batch}")
+        if self.twins and self.compile:
+            raise UsageError("--twins changes the network from step to step: leave --compile out")
         if self.architecture not in ARCHITECTURES:
             raise UsageError(
                 f"there is no architecture {self.architecture!r} of a base; choose one of {', '.join(ARCHITECTURES)}"
@@ -345,7 +358,7 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # of 64 tokens, plain products are faster than the fused kernel
     net = nn.ModuleDict({"unet": unet, "text": text}).to(device)
-    graph = device.type == "cuda" and not dist.is_initialized()
+    graph = device.type == "cuda" and not dist.is_initialized() and not config.twins
     denoise = GraphedNetwork(unet, torch.bfloat16) if graph else unet
     if config.compile:
         unet.compile()
@@ -366,6 +379,11 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         )
         empties = rng.random(config.batch) < config.dropout
         times = (rng.beta(*config.timesteps, size=config.batch) * len(kept)).astype(int)
+        twins = _are_twins(config, step)
+        if twins is not None:
+            half = config.batch // 2
+            numbers[half:], empties[half:] = numbers[:half], empties[:half]
+            times[half:] = times[half:] * twins  # cleaner as a rule: a twin that is worth reading
         # a copy that is waited for waits for all that the GPU has to do
         drawn = (torch.from_numpy(values).to(device, non_blocking=True) for values in (numbers, empties, times))
         rows, dropped, t = drawn
@@ -375,9 +393,9 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         signal, sigma = (level[t, None, None, None] for level in (kept.sqrt(), (1 - kept).sqrt()))
         noisy, target = signal * z + sigma * noise, signal * noise - sigma * z
         words = text(ids[part])[0]
-        return F.mse_loss(
-            denoise(noisy[part], t[part], encoder_hidden_states=words, return_dict=False)[0], target[part]
-        )
+        with _joint(unet, len(words) // 2) if twins is not None else nullcontext():
+            made = denoise(noisy[part], t[part], encoder_hidden_states=words, return_dict=False)[0]
+        return F.mse_loss(made, target[part])
 
     _train(
         net,
@@ -394,6 +412,25 @@ def train_text_to_image(config: BaseTraining, pictures: Pictures, vae: Autoencod
         save_base(config.out / "pipeline", vae.cpu(), unet.cpu(), text.cpu(), tokenizer)
 
 
+def _are_twins(config: BaseTraining, step: int) -> np.ndarray | None:
+    """None for a step without twins; else by how much each second one's timestep is brought down, (B / 2,) in 0..1."""
+    if not config.twins:
+        return None
+    rng = np.random.default_rng([config.seed, TWINS, step])
+    return rng.random(config.batch // 2) if rng.random() < config.twins else None
+
+
+@contextmanager
+def _joint(unet: UNet2DConditionModel, images: int) -> Iterator[None]:
+    """For one call, self-attention over the two rows of each image."""
+    denoiser = JointDenoiser.install(unet)
+    denoiser.prepare(images, Joint())
+    try:
+        yield
+    finally:
+        denoiser.uninstall()
+
+
 def train_base(config: BaseTraining) -> Path:
     """Both stages; returns the folder of the finished pipeline. Resumes by itself.
 
@@ -401,6 +438,8 @@ def train_base(config: BaseTraining) -> Path:
     """
     if config.compile and _device().type != "cpu":
         raise UserError("--compile is for a CPU: a GPU replays the U-Net's kernels as CUDA graphs; leave it out")
+    if config.twins and config.batch // 2 % int(os.environ.get("WORLD_SIZE", 1)):
+        raise UsageError("--twins: half of the batch must be a multiple of the number of processes")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     main = not dist.is_initialized() or dist.get_rank() == 0
