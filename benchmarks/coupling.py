@@ -1,13 +1,20 @@
 """Whether the streams read each other: each one's loss beside its own partner, and beside that of another picture.
 
-    python -m benchmarks.coupling [--base demo] [--run demo] [--scenes 64]
+    python -m benchmarks.coupling [--base demo] [--run demo] [--scenes 64] [--places]
 
 Unseen scenes of the demo world with exact maps; all streams at the same timestep, w = 1, as in training (eq. 5). A stream
 that reads its partner does worse beside a wrong one, and better beside one without noise. Where the numbers are the same, no
 schedule can change a picture, and maps do not belong to it.
+
+--places also says where the intrinsics' queries look in a clean image: a stream can only take outlines from the other if its
+queries find their own place there.
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +25,9 @@ from torch import Tensor
 from extract.world import compose, render
 from infer.bases.loading import network_of, open_base, prediction_type_of
 from infer.embedded import resolve
+from infer.model.attention import joined
 from infer.model.denoiser import JointDenoiser
+from infer.model.processor import JointProcessor
 from infer.model.schedules import Joint
 from infer.model.vae import encode
 from infer.run_folder import load_run
@@ -69,11 +78,64 @@ class Streams:
         return float(found[0].mean()), float(found[1:].mean())
 
 
+@dataclass(frozen=True)
+class Look:
+    """Where the intrinsics' queries of one layer look. heads: means over scenes and queries."""
+
+    layer: str
+    tokens: int
+    """N, of one stream: attention that finds no place has 1 / N of what it pays the image on the query's own."""
+    on_image: Tensor
+    """(H,): the fraction of attention that is on the image's tokens."""
+    on_place: Tensor
+    """(H,): of that, the fraction on the token at the query's own place."""
+
+
+@torch.no_grad()
+def looks(streams: Streams, timestep: int) -> list[Look]:
+    """A Look of every self-attention layer, in the order in which they run: a clean image, intrinsics at a timestep."""
+    found, stock = list[Look](), JointProcessor.joint
+    names = {id(processor): name for name, processor in streams.denoiser.processors.items()}
+
+    def watched(processor: JointProcessor, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+        query, keys = (_by_stream(x, context) for x in (q, k))
+        logits = query[:, 1] @ joined(keys).mT * q.shape[-1] ** -0.5
+        image = logits.softmax(-1)[..., : q.shape[2]]  # (P, H, N, N)
+        on_image, on_place = image.sum(-1), image.diagonal(dim1=-2, dim2=-1)
+        fraction = on_place.mean((0, 2)) / on_image.mean((0, 2)).clamp(min=1e-9)
+        found.append(Look(names[id(processor)], q.shape[2], on_image.mean((0, 2)), fraction))
+        return stock(q, k, v, context)
+
+    for processor in streams.denoiser.processors.values():
+        processor.joint = partial(watched, processor)  # type: ignore[method-assign]
+    streams.losses(streams.clean, (0, timestep))
+    for processor in streams.denoiser.processors.values():
+        del processor.joint
+    return found
+
+
+def _by_stream(x: Tensor, context: Any) -> Tensor:
+    """(S B, H, N, D) -> (B, S, H, N, D)."""
+    return x.unflatten(0, (context.streams, context.images)).transpose(0, 1)
+
+
+def places_table(found: Sequence[Look]) -> Table:
+    table = Table(title="where the intrinsics look: the head of each layer that finds its place best")
+    for column in ("layer", "tokens", "on the image", "on its own place there", "that of no place"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for look in found:
+        head = int(look.on_place.argmax())
+        values = (float(look.on_image[head]), float(look.on_place[head]), 1 / look.tokens)
+        table.add_row(look.layer, str(look.tokens), *(f"{value:.3f}" for value in values))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--base", default="demo")
     parser.add_argument("--run", default="demo")
     parser.add_argument("--scenes", type=int, default=64)
+    parser.add_argument("--places", action="store_true", help="also where the intrinsics' queries look")
     given = parser.parse_args()
     streams = Streams(given.base, given.run, given.scenes)
     others = [streams.clean.clone(), streams.clean.clone()]  # with another's image; with another's intrinsics
@@ -89,6 +151,8 @@ def main() -> None:
         values = [f"{value:.3f}" for stream in range(2) for value in (own[stream], wrong[stream], clean[stream])]
         table.add_row(str(t), *values)
     Console().print(table)
+    if given.places:
+        Console(width=140).print(places_table(looks(streams, 700)))
 
 
 if __name__ == "__main__":

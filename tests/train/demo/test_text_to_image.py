@@ -118,6 +118,34 @@ def test_every_architecture_learns_and_samples_an_image_of_its_size(truth: str, 
         assert pipeline.vae_scale_factor * side == architecture.image_px
 
 
+@pytest.mark.slow
+def test_twins_are_read_in_their_steps_and_change_nothing_in_the_others(
+    truth: str, whole: Path, tmp_path: Path
+) -> None:
+    """A training of which no step happens to have twins is the training without them; one of twins alone is another."""
+
+    def trained(name: str, **options: Any) -> dict[str, torch.Tensor]:
+        config = dataclasses.replace(_three_steps(truth, tmp_path / name), vae=whole, steps=2)
+        return load_file(_unet(train_base(dataclasses.replace(config, **options))))
+
+    none, rare, always = (trained(f"{share}", twins=share) for share in (0.0, 1e-9, 1.0))
+    assert all(torch.equal(none[name], rare[name]) for name in none)
+    assert none.keys() == always.keys() and not all(torch.equal(none[name], always[name]) for name in none)
+
+    trained("parts", twins=1.0, stop_at=1)
+    parts = trained("parts", twins=1.0)
+    assert all(torch.equal(always[name], parts[name]) for name in always)
+
+
+def test_twins_need_an_even_batch_and_no_compiling(truth: str) -> None:
+    with pytest.raises(UsageError, match="even batch, not 3"):
+        BaseTraining(shards=truth, twins=0.5, batch=3)
+    with pytest.raises(UsageError, match="leave --compile out"):
+        BaseTraining(shards=truth, twins=0.5, compile=True)
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        BaseTraining(shards=truth, twins=2)
+
+
 def test_an_architecture_that_there_is_not_is_a_usage_error(truth: str) -> None:
     with pytest.raises(UsageError, match=r"9x9.*8x8, 16x16"):
         BaseTraining(shards=truth, architecture="9x9")
