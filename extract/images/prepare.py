@@ -295,6 +295,8 @@ def _load(opened: Image.Image, data: bytes, kind: str, rules: ImageRules) -> _Lo
         opened.load()
         damage.check_pixels(opened, data, kind)
         image = opened
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "P":
+        _widen_palette(image)
     if image.mode.startswith("I;16"):
         loaded.image, loaded.alpha = _grey_of_16_bits(image, loaded)
     elif (deep := _deep_png(data, image, loaded)) is not None:
@@ -331,6 +333,13 @@ def _simplify(image: Image.Image) -> tuple[Image.Image, bool]:
     if image.mode in ("P", "RGBX", "YCbCr", "HSV"):
         return image.convert("RGB"), False
     raise ImageProblem("unsupported_format", f"pixels of the type {image.mode} (Pillow's name) have no defined colours")
+
+
+def _widen_palette(image: TiffImagePlugin.TiffImageFile) -> None:
+    """A TIFF's colour map has 16 bits; some writers store 8, which would be black: all values below 256, as libtiff has it."""
+    colours = np.array(image.tag_v2.get(TiffImagePlugin.COLORMAP, ()), np.int64)
+    if colours.size and colours.size % 3 == 0 and 0 < colours.max() < 256:
+        image.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
 
 
 def _grey_of_16_bits(image: Image.Image, loaded: _Loaded) -> tuple[Image.Image, bool]:

@@ -51,6 +51,8 @@ CAPTION_TREE = re.compile(
 IMAGE_TREE = re.compile(r"(?i)(?:images?|imgs?|photos?|pictures?|pics?|jpe?gs?|pngs?|webps?)(?:[_-].*|\d+)?")
 NO_LETTERS = re.compile(r"[\W\d_]*(?:[eE][+-]?\d+[\W\d_]*)*")
 """What is no caption though it is text: the boxes of a detector."""
+NOTHING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT", "#N/A"})
+"""What programs write where there is no text. A caption that is one of these words alone is empty."""
 
 
 def plain_name(name: str) -> str:

@@ -5,7 +5,7 @@
 
 A value is text, or bytes that are UTF-8; a list gives its first text that is not empty; an object that of the only entry
 that is not empty, or the one that the user names (`caption.en`). A number is a caption only where the user named its
-field; NaN and null are none. Whatever looks like a caption and was not taken is told to the user.
+field; NaN, null and the words for them are none. Whatever looks like a caption and was not taken is told to the user.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from extract.sources.caption_names import CAPTION_FIELDS, likely_fields, plain_name, usual_fields
+from extract.sources.caption_names import CAPTION_FIELDS, NOTHING, likely_fields, plain_name, usual_fields
 from extract.sources.files import ReadProblem
 from shards.core.errors import UsageError
 
@@ -155,7 +155,9 @@ def readable(value: Any) -> Any:
 
 
 def checked_caption(text: str, limit: int) -> str:
-    """The caption itself. Raises ReadProblem if it is too long, or is no proper text."""
+    """The caption itself, "" for a word that stands for none. Raises ReadProblem if it is too long, or is no proper text."""
+    if text.strip() in NOTHING:
+        return ""
     if "\0" in text:
         raise ReadProblem("caption_not_utf8", "the caption has NUL characters in it (is it UTF-16?)")
     try:
@@ -239,6 +241,9 @@ def caption_in(
     others = [
         name for name in likely_fields(fields) if plain_name(name) not in CAPTION_FIELDS and _has_text(fields[name])
     ]
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            others += [f"{name}.{entry}" for entry in usual_fields(map(str, value)) if _has_text(value.get(entry))]
     return Caption("", "", (*passed, *(f"field {name!r}" for name in others)))
 
 
@@ -278,12 +283,16 @@ def _text_of(value: Any, field: str, named: bool, depth: int) -> str:
         return _text_of_bytes(bytes(value), field)
     if depth and isinstance(value, list | tuple):
         texts = (_text_of(item, field, named, depth - 1) for item in value)
-        return next((text for text in texts if text.strip()), "")
+        return next((text for text in texts if _says_something(text)), "")
     if depth and isinstance(value, Mapping):
         return _text_of_object(value, field, named, depth)
     if is_number(value) and named:
         return str(value)
     raise ReadProblem("bad_metadata", f"the caption {field!r} is a {type(value).__name__}, not text")
+
+
+def _says_something(text: str) -> bool:
+    return bool(text.strip()) and text.strip() not in NOTHING
 
 
 def _text_of_bytes(data: bytes, field: str) -> str:

@@ -52,7 +52,8 @@ class CaptionReport:
         if not self.wanted:
             return ['captions: none, as source.captions = "none" asks']
         of = f"{self.inputs:,}" if self.complete else f"the first {self.inputs:,}"
-        origins = ", ".join(f"{name}" for name, _ in sorted(self.origins.items(), key=lambda item: -item[1])[:_SHOWN])
+        known = sorted(self.origins, key=lambda name: -self.origins[name])
+        origins = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
         empty = self.inputs - self.filled
         text = f"captions: {origins or 'none found'}, {self.filled:,} of {of}" + (f"; {empty:,} empty" if empty else "")
         shown = f" ({shortened(self.example)})" if self.example else ""
@@ -150,7 +151,9 @@ def caption_lines(report: CaptionReport | None, ok: int, empty: int, passed: "Co
     if not report.wanted:
         return ['none, as source.captions = "none" asks']
     from_where = ", ".join(name for name in report.origins) or "nowhere"
-    counts = f"{ok - empty:,} of {ok:,} samples have one ({from_where})" + (f"; {empty:,} are empty" if empty else "")
+    counts = f"{ok - empty:,} of {ok:,} samples have one ({from_where})" + (
+        f"; {empty:,} {'is' if empty == 1 else 'are'} empty" if empty else ""
+    )
     return [counts, *report.notes, *(f"not taken: {what}" for what in report.passed_over or phrases(passed, {}))]
 
 

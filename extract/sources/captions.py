@@ -20,6 +20,7 @@ from extract.sources.caption_reader import (
     raw_values,
     readable,
 )
+from extract.sources.caption_report import shortened
 from extract.sources.encodings import HEAD_BYTES, table_encoding
 from extract.sources.files import ReadProblem, is_image_tree, list_folder
 from extract.sources.values import arrow_rows, json_fields, parse_json_object
@@ -142,9 +143,18 @@ class Table:
         )
         raise UsageError(
             f"{self.folder.address(self.name)} should have a column that {what}, but {problem} (its columns: "
-            f"{', '.join(self.columns) or 'none'}); name it with source.{setting}, or set source.captions to 'beside' or "
-            "'none' if this is no table of captions"
+            f"{', '.join(self.columns) or 'none'}{self._first_line()}); name it with source.{setting}, or set "
+            "source.captions to 'beside' or 'none' if this is no table of captions"
         )
+
+    def _first_line(self) -> str:
+        """The line of a csv that should be its header, for a message: what separates its columns is not told otherwise."""
+        if len(self.columns) > 1 or not self.name.lower().endswith((".csv", ".tsv", ".txt")):
+            return ""
+        with self.folder.open(self.name) as file:
+            line = file.readline(200).decode(self.encoding, "replace")
+        separator = "tabs" if self.name.lower().endswith(".tsv") else "commas"
+        return f"; its first line is {shortened(line)}, and {separator} should separate its columns"
 
     def _check_captions(self, head: list[dict[str, Any]], *, named: bool) -> None:
         """Raises UsageError if no row could have a caption, by the column's type."""

@@ -27,8 +27,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_LABEL_BYTES = 1 << 20
 _TABLES = (b".csv", b".tsv", b".jsonl", b".parquet")
-_JSON_TABLES = re.compile(
-    rb"(?i)(?:.*[_-])?(?:captions?|meta_cap|metadata|prompts?|descriptions?)(?:[_-].*|\d+)?\.json"
+_NAMED_TABLES = (b".json", b".txt")
+"""Tables too, where they are called like one (captions.txt)."""
+_TABLE_NAMES = re.compile(
+    rb"(?i)(?:.*[_-])?(?:captions?|meta_cap|metadata|prompts?|descriptions?)(?:[_-].*|\d+)?\.([^.]+)"
 )
 
 
@@ -266,9 +268,10 @@ class _Beside:
                 suffix = split_suffix(name)[1].lower()
                 if name in self._claimed:
                     continue
-                if suffix in _TABLES or _JSON_TABLES.fullmatch(name):
+                is_called_table = _TABLE_NAMES.fullmatch(name) is not None
+                if suffix in _TABLES or (is_called_table and suffix in _NAMED_TABLES):
                     leftovers.tables.append(self.where + name)
-                elif suffix[1:].decode("latin-1") in (*CAPTION_SUFFIXES, *LIKELY_SUFFIXES, "gz"):
+                elif is_called_table or suffix[1:].decode("latin-1") in (*CAPTION_SUFFIXES, *LIKELY_SUFFIXES, "gz"):
                     sort = show(suffix)
                     leftovers.files[sort] += 1
                     leftovers.examples.setdefault(sort, self.where + name)

@@ -265,7 +265,7 @@ class FolderSource:
             self._glances(folder), limit=limit, settings=settings, notes=self._notes(), everything=bool(self._tables)
         )
         further = [
-            f"{count:,} files {sort} that belong to no image by their names, such as {show(self._survey.examples[sort])}"
+            f"{count:,} file{'s' * (count != 1)} {sort} with the name of no image, such as {show(self._survey.examples[sort])}"
             for sort, seen in self._survey.files.most_common(3)
             if (count := seen - self._survey.elsewhere[sort]) > 0
         ]

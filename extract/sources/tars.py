@@ -340,8 +340,9 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], sou
         return failure("no_image", _no_image(members, source.image_member))
     if len(images) > 1:
         names = " and ".join(repr(members[suffix].name) for suffix in images)
+        dots = "; a sample's name ends at its first dot, so rename them if they are two" if "." in images[-1] else ""
         return failure(
-            "several_images", f"both {names} may be its image; choose with source.image_member = {images[0]!r}"
+            "several_images", f"both {names} may be its image; choose with source.image_member = {images[0]!r}{dots}"
         )
     texts, fields = _caption_members(members, images[0], source), _json_member(members, images[0])
     for suffix in (images[0], *texts[:1], *fields):
@@ -372,11 +373,21 @@ def _read_sample(file: IO[bytes], key: str, where: list[tuple[str, Member]], sou
 
 
 def _images_among(members: Where, image_member: str | None) -> list[str]:
-    """The suffixes of the members that may be the image: the one that is asked for, or all that look like images."""
+    """The suffixes of the members that may be the image: the one that is asked for, or all that look like images.
+
+    A further image counts where it has a caption of its own (`a.jpg`, `a.txt`, `a.5.jpg`, `a.5.txt`): then names have dots.
+    """
     if image_member is None:
-        return [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+        plain = [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+        return plain + [suffix for suffix in sorted(members) if plain and _is_captioned(members, suffix)]
     suffix = image_member.strip(".").lower()
     return [suffix] if suffix in members else []
+
+
+def _is_captioned(members: Where, suffix: str) -> bool:
+    """Whether a member is an image of more than one suffix (`5.jpg`) beside a caption of its own (`5.txt`)."""
+    stem, dot, last = suffix.rpartition(".")
+    return bool(dot) and last in IMAGE_SUFFIXES and any(f"{stem}.{name}" in members for name in CAPTION_SUFFIXES)
 
 
 def _no_image(members: Where, image_member: str | None) -> str:
@@ -423,6 +434,8 @@ def _caption_members(members: Mapping[str, Member], image: str, source: TarSourc
         return []
     given = source.caption_suffix
     suffixes = CAPTION_SUFFIXES if given is None else (given.lower().lstrip("."),)
+    if stem := image.rpartition(".")[0]:  # of `5.jpg` first `5.txt`
+        suffixes = (*(f"{stem}.{name}" for name in suffixes), *suffixes)
     named = [suffix for name in suffixes for suffix in (name, f"{name}.gz", f"{image}.{name}", f"{image}.{name}.gz")]
     found = [suffix for suffix in named if suffix in members]
     return sorted(found, key=lambda suffix: members[suffix].size == 0)

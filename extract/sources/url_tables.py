@@ -160,6 +160,16 @@ class Table:
         with self._reading() as file:
             return table_encoding(file.read(HEAD_BYTES), self.encoding, self.address)
 
+    @cached_property
+    def has_quoted_fields(self) -> bool:
+        """Whether the first rows of a tsv look as if a writer of csv had put quotes around fields, and doubled those inside."""
+        if not self.address.endswith(".tsv"):
+            return False
+        with self._reading() as file:
+            rows = itertools.islice(self._reader(_Lines(file)), _HEAD_ROWS)
+            fields = [field for row in rows if isinstance(row, list) for field in row if field.startswith('"')]
+        return any('""' in field[1:-1] or field.count('"') % 2 for field in fields)
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[IO[bytes]]:
         """The file, opened; what goes wrong with it is a UserError."""

@@ -499,13 +499,20 @@ class UrlSource:
                 return  # its rows are failures of their own
 
     def _notes(self) -> Iterator[str]:
-        """Tables whose encoding was found out."""
+        """Tables whose encoding was found out, and those whose quotes are taken for text."""
         found = [table for table in self._tables if not table.is_parquet and table.text_encoding != "utf-8"]
         if found and self.encoding is None:
             names = ", ".join(table.address.rsplit("/", 1)[-1] for table in found[:3])
             yield (
                 f"{names}{', ...' if len(found) > 3 else ''}: not UTF-8, read as {found[0].text_encoding}; if that is wrong, "
                 "name another with source.encoding"
+            )
+        quoted = [table for table in self._tables if table.has_quoted_fields]
+        if quoted:
+            name = quoted[0].address.rsplit("/", 1)[-1]
+            yield (
+                f"{name}: fields in quotes keep them, as a tsv has no quotes of its own; where a csv was meant, call it .csv "
+                "and separate by commas"
             )
 
 

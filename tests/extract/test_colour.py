@@ -219,3 +219,13 @@ def test_grey_tiffs_of_16_bits_are_never_negative(photometric: str) -> None:
     tifffile.imwrite(buffer, values, photometric=photometric)
     seen = 65535 - values.astype(int) if photometric == "miniswhite" else values
     assert np.abs(prepare(buffer.getvalue(), RULES).pixels[..., 0] - seen / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("scale", [257, 1])
+def test_a_tiffs_colour_map_of_eight_bits_is_not_black(scale: int) -> None:
+    rng = np.random.default_rng(5)
+    indices = rng.integers(0, 256, (32, 40), np.uint8)
+    colours = rng.integers(0, 256, (3, 256), np.uint16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, indices, photometric="palette", colormap=colours * np.uint16(scale))
+    assert (prepare(file.getvalue(), RULES).pixels == colours.T[indices]).all()

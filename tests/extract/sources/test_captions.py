@@ -467,6 +467,59 @@ def test_nan_is_no_caption_in_planning_nor_in_work(tmp_path: Path) -> None:
     assert (report(source).inputs, report(source).filled) == (2, 1)
 
 
+WORDS_FOR_NOTHING = ("nan", "NaN", "None", "null", "NULL", "<NA>", " nan\n")
+
+
+def test_words_that_programs_write_for_nothing_are_no_captions(tmp_path: Path) -> None:
+    words = [*WORDS_FOR_NOTHING, DOG, "Nan and her dog", "none of them"]
+    path = table(tmp_path / "a.parquet", pa.array(words))
+    source = opened("urls", path)
+    assert rows(source) == ["", "", "", "", "", "", "", DOG, "Nan and her dog", "none of them"]
+    assert (report(source).inputs, report(source).filled) == (10, 3)
+
+    place = folder(tmp_path / "files", "a.jpg", "b.jpg", "c.jpg")
+    put(place / "a.txt", "None")
+    put(place / "b.json", {"caption": "nan", "title": DOG})
+    put(place / "c.json", {"caption": ["null", DOG]})
+    assert captions(opened("folder", place)) == ["", DOG, DOG]
+
+
+def test_a_caption_inside_an_object_is_told(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", a__jpg=JPG, a__json={"meta": {"caption": DOG, "id": 3}, "other": {"n": 1}})
+    with pytest.raises(UsageError, match=r"source\.caption_column=meta\.caption takes it"):
+        report(opened("tars", path)).check()
+    assert captions(opened("tars", path, caption_column="meta.caption")) == [DOG]
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "metadata.json1", "my_prompts.ods"])
+def test_a_table_under_another_name_is_told(tmp_path: Path, name: str) -> None:
+    place = folder(tmp_path / "files", "a.jpg")
+    put(place / name, f"file_name,caption\na.jpg,{DOG}\n")
+    with pytest.raises(UsageError) as error:
+        report(opened("folder", place)).check()
+    assert name in str(error.value)
+    if name.endswith(".txt"):
+        assert f"source.captions={name} takes it" in str(error.value)
+        taken = opened("folder", place, captions=name)
+        assert captions(taken) == [DOG] and name not in " ".join(report(taken).passed_over)
+
+
+@pytest.mark.parametrize("content", ["file_name;caption\na.jpg;a dog, brown\n", "file_name\tcaption\na.jpg\ta dog\n"])
+def test_a_csv_with_another_separator_is_refused_with_its_first_line(tmp_path: Path, content: str) -> None:
+    place = folder(tmp_path / "files", "a.jpg")
+    put(place / "captions.csv", content)
+    with pytest.raises(UsageError, match=r"its first line is 'file_name[; ]caption', and commas should separate"):
+        report(opened("folder", place))
+
+
+def test_quotes_of_a_tsv_are_told(tmp_path: Path) -> None:
+    put(tmp_path / "a.tsv", f'url\tcaption\n{urls(1)[0]}\t"a ""big"" dog"\n')
+    assert rows(opened("urls", tmp_path / "a.tsv")) == ['"a ""big"" dog"']
+    assert "a.tsv: fields in quotes" in " ".join(report(opened("urls", tmp_path / "a.tsv")).notes)
+    put(tmp_path / "b.tsv", f'url\tcaption\n{urls(1)[0]}\t"Sit!" he said\n')
+    assert report(opened("urls", tmp_path / "b.tsv")).notes == ()
+
+
 @pytest.mark.parametrize("first", [b"caf\xe9", b"x" * (65 << 10), b"a\0b"])
 def test_a_row_that_fails_does_not_take_the_next_with_its_url_along(tmp_path: Path, first: bytes) -> None:
     same = ["http://host.example/1.jpg"] * 3

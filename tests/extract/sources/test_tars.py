@@ -569,6 +569,20 @@ def test_a_sample_with_two_images_fails_with_both_names_or_takes_the_one_that_is
         TarSource((str(path),), image_member="")
 
 
+def test_names_with_dots_never_lose_a_captioned_image(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.tar",
+        tar_bytes(
+            ("img_1.jpg", IMAGE), ("img_1.txt", b"one"), ("img_1.5.jpg", IMAGE), ("img_1.5.txt", b"one and a half"),
+        ),
+    )  # fmt: skip
+    (failure,) = read(path, keys="own")
+    assert isinstance(failure, Failure) and failure.reason == "several_images"
+    assert "img_1.jpg" in failure.message and "img_1.5.jpg" in failure.message and "first dot" in failure.message
+    assert outcomes(path, image_member="jpg") == {"img_1": "one"}
+    assert outcomes(path, image_member="5.jpg") == {"img_1": "one and a half"}
+
+
 def test_the_member_that_is_the_image_is_a_part_of_the_datasets_identity() -> None:
     plain, chosen = (TarSource(("x.tar",), image_member=name).describe() for name in (None, "webp"))
     assert "image_member" not in plain, "datasets made before the setting existed go on"
