@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from infer.embedded import GUIDANCE
 from shards.core.config import load_config, read_toml
 from shards.core.errors import UsageError
 from shards.intrinsics import INTRINSICS
+from train.rates import warmup_cosine
 
 
 def _check(table: str, config: Any, positive: Sequence[str] = (), shares: Sequence[str] = ()) -> None:
@@ -105,13 +105,9 @@ class LoopConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then constant, or a cosine down to 1 %."""
-
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.learning_rate
-        share = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+        if self.schedule == "cosine":
+            return self.learning_rate * warmup_cosine(step, self.steps, self.warmup)
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
 BOOKKEEPING = {"checkpoint_every", "keep", "validate_every", "sheets", "log_every", "wandb"}

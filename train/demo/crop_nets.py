@@ -5,17 +5,17 @@ else by the masks under which the first look finds them, which are off in ways o
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import count, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress, track
+from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,10 +28,11 @@ from infer.evaluation.demo.layout import RELATED
 from infer.evaluation.demo.pixel_net import load_detector
 from shards.core.errors import UserError
 from shards.dataset import Dataset
+from train.demo.loop import SmallLoop, run_loop
 from train.demo.pixel_net import change_look
-from train.demo.state import averaged, follow, load_state, save_state, settings_of
+from train.demo.state import settings_of
 from train.lock import only_one
-from train.stop import Stop
+from train.rates import cosine
 
 MINE = 0.3
 """Share of the union from which on a mask of the first look is that of a thing."""
@@ -221,39 +222,34 @@ def _off(where: tuple[float, float, float], rng: np.random.Generator) -> tuple[f
 def train_close(name: str, config: CloseTraining) -> Path:
     """Trains the network `name` (things or pairs), and writes the checkpoint to config.out, where the detector's first part
     is; returns that folder. Resumes by itself."""
-    with only_one(config.out), Stop() as stop:
-        _train(name, config, stop)
+    with only_one(config.out):
+        _train(name, config)
     return config.out
 
 
-def _train(name: str, config: CloseTraining, stop: Stop) -> None:
-    settings = settings_of(config, ("shards", "out", "save_every", "steps")) | {"steps": config.steps[name]}
+def _train(name: str, config: CloseTraining) -> None:
     torch.manual_seed(config.seed)
-    net = CloseNet(THINGS if name == "things" else PAIRS).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average, state, steps = averaged(net), config.out / f"{name}-training.safetensors", config.steps[name]
+    net = CloseNet(THINGS if name == "things" else PAIRS)
+    steps, scenes = config.steps[name], read_scenes(config)
+
+    def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return (make_batch(name, config, scenes, step) for step in count(first))
+
+    def terms_of(step: int, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        cuts, classes = batch
+        heads = net(cuts.contiguous(memory_format=torch.channels_last))
+        return {f"cross entropy {i + 1}": F.cross_entropy(head, classes[:, i]) for i, head in enumerate(heads)}
+
+    loop = SmallLoop(
+        title=f"the close look at {name}",
+        state=config.out / f"{name}-training.safetensors",
+        settings=settings_of(config, ("shards", "out", "save_every", "steps")) | {"steps": steps},
+        steps=steps,
+        rate=lambda step: config.learning_rate * min((step + 1) / config.warmup, cosine(step / steps)),
+        ema=config.ema,
+        save_every=config.save_every,
+        clip=None,
+        on_save=lambda shipped: save_close(cast(CloseNet, shipped), config.out),
+    )
     optimiser = AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    first = load_state(state, net, average, optimiser, settings)
-    scenes = read_scenes(config)
-    with Progress() as progress:
-        task = progress.add_task(name, total=steps, completed=first)
-        for step in range(first, steps):
-            rate = min((step + 1) / config.warmup, 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / steps)))
-            for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * rate
-            cuts, classes = make_batch(name, config, scenes, step)
-            heads = net(cuts.contiguous(memory_format=torch.channels_last))
-            loss = torch.stack([F.cross_entropy(head, classes[:, i]) for i, head in enumerate(heads)]).sum()
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            follow(average, net, config.ema, step)
-            progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == steps or stop.asked():
-                progress.print(f"{name} step {step + 1}: cross entropy {loss.item():.3f}")
-                shipped = CloseNet(net.config)
-                shipped.load_state_dict(average)
-                save_close(
-                    shipped, config.out
-                )  # before the state: once that has the last step, nothing is written any more
-                save_state(state, step + 1, net, average, optimiser, settings)
-                stop.check(f"the close look at {name}", step + 1)
+    run_loop(net, optimiser, batches, terms_of, loop)

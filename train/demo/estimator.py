@@ -10,11 +10,11 @@ The shipped weights saw an earlier draft of the demo world (its last changes wer
 rerun gives weights of the same kind, not the same bytes. `python -m benchmarks.accuracy` measures either on today's world.
 """
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
@@ -24,9 +24,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from extract.estimators.nets.demo_net import DemoNet, DemoNetConfig, Prediction, save_demo_net
+from train.demo.loop import SmallLoop, run_loop
 from train.demo.scene_store import SceneStore, open_chunk
-from train.demo.state import STATE, averaged, follow, load_state, save_state, settings_of
+from train.demo.state import STATE, settings_of
 from train.lock import only_one
+from train.rates import warmup_cosine
 from train.stop import Stop, Stopped
 
 Batch = dict[str, Tensor]
@@ -186,49 +188,44 @@ def _edge_loss(logit: Tensor, target: Tensor) -> Tensor:
 
 def train_estimator(config: EstimatorTraining) -> Path:
     """Renders the scenes, trains, and writes the checkpoint to config.out; returns that folder. Resumes by itself."""
-    store = config.store()
-    settings = settings_of(config, ("out", "scenes", "save_every", "workers"))
-    with only_one(config.out), Progress() as progress, Stop() as stop:
-        if len(ready := store.ready()) < config.chunks:
-            task = progress.add_task("rendering scenes", total=config.chunks, completed=len(ready))
-            for _ in store.render_missing(config.workers):
-                progress.advance(task)
-                if stop.asked():
-                    raise Stopped("stopped while scenes were rendered; the same command continues")
-        torch.manual_seed(config.seed)
-        net = DemoNet(DemoNetConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        average = averaged(net)
-        optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        first = load_state(config.out / STATE, net, average, optimiser, settings)
-        task = progress.add_task("training", total=config.steps, completed=first)
-        for step, batch in enumerate(batches(config, first), start=first):
-            for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * _schedule(config, step)
-            image = batch["image"].contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
-                predicted = net(image)
-            terms = losses(predicted, batch)
-            loss = torch.stack(list(terms.values())).sum()
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimiser.step()
-            follow(average, net, config.ema, step)
-            progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked():
-                values = ", ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
-                progress.print(f"step {step + 1}: {values}")
-                shipped = DemoNet(net.config)
-                shipped.load_state_dict(average)
-                save_demo_net(shipped, config.out)
-                save_state(config.out / STATE, step + 1, net, average, optimiser, settings)
-                stop.check("the estimator", step + 1)
+    with only_one(config.out):
+        _render(config)
+        _train(config)
     return config.out
 
 
-def _schedule(config: EstimatorTraining, step: int) -> float:
-    """Linear warm-up, then a cosine down to 1 %."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+def _render(config: EstimatorTraining) -> None:
+    """Renders the scenes that are not there yet."""
+    store = config.store()
+    if len(ready := store.ready()) == config.chunks:
+        return
+    with Progress() as progress, Stop() as stop:
+        task = progress.add_task("rendering scenes", total=config.chunks, completed=len(ready))
+        for _ in store.render_missing(config.workers):
+            progress.advance(task)
+            if stop.asked():
+                raise Stopped("stopped while scenes were rendered; the same command continues")
+
+
+def _train(config: EstimatorTraining) -> None:
+    torch.manual_seed(config.seed)
+    net = DemoNet(DemoNetConfig())
+
+    def terms_of(step: int, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = net(image)
+        return losses(predicted, batch)
+
+    loop = SmallLoop(
+        title="the estimator",
+        state=config.out / STATE,
+        settings=settings_of(config, ("out", "scenes", "save_every", "workers")),
+        steps=config.steps,
+        rate=lambda step: config.learning_rate * warmup_cosine(step, config.steps, config.warmup),
+        ema=config.ema,
+        save_every=config.save_every,
+        on_save=lambda shipped: save_demo_net(cast(DemoNet, shipped), config.out),
+    )
+    optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    run_loop(net, optimiser, lambda first: batches(config, first), terms_of, loop)

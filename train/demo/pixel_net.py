@@ -8,17 +8,16 @@ Steps are a pure function of (seed, step): a run that was stopped continues from
 happened.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -33,11 +32,11 @@ from infer.evaluation.demo.pixel_net import (
 from shards.core.errors import UserError
 from shards.dataset import Dataset
 from shards.sample import Sample
-from train.demo.state import STATE, averaged, follow, load_state, save_state, settings_of
+from train.demo.loop import SmallLoop, run_loop
+from train.demo.state import STATE, settings_of
 from train.lock import only_one
-from train.stop import Stop
+from train.rates import warmup_cosine
 
-Weights = dict[str, Tensor]
 Scenes = dict[str, np.ndarray]
 """image uint8 (n, H, W, 3); shape, colour uint8 (n, H, W): classes; log_depth float16 (n, H, W), inf for sky."""
 
@@ -104,9 +103,9 @@ def labels(sample: Sample) -> Scenes:
 def make_batch(config: DetectorTraining, scenes: Scenes, step: int) -> dict[str, Tensor]:
     """One batch: image (N, 3, H, W) in [0, 1]; shape, colour int64 (N, H, W); log_depth float32 (N, H, W)."""
     rng = np.random.default_rng([config.seed, step])
-    count, _, _ = config.phase(step)
-    chosen = rng.integers(len(scenes["image"]), size=count)
-    flips = rng.random(count) < 0.5
+    images, _, _ = config.phase(step)
+    chosen = rng.integers(len(scenes["image"]), size=images)
+    flips = rng.random(images) < 0.5
     cut = {
         name: np.stack([array[i, :, ::-1] if f else array[i] for i, f in zip(chosen, flips, strict=True)])
         for name, array in scenes.items()
@@ -153,60 +152,37 @@ def losses(seen: Detection, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def train_detector(config: DetectorTraining) -> Path:
     """Trains, and writes the checkpoint to config.out; returns that folder. Resumes by itself."""
-    with only_one(config.out), Stop() as stop:
-        _train(config, stop)
+    with only_one(config.out):
+        _train(config)
     return config.out
 
 
-def _train(config: DetectorTraining, stop: Stop) -> None:
-    settings = settings_of(config, ("shards", "out", "save_every"))
+def _train(config: DetectorTraining) -> None:
     torch.manual_seed(config.seed)
-    net = DetectorNet(DetectorConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = averaged(net)
+    net = DetectorNet(DetectorConfig())
+    print(f"reading scenes of {config.shards}")
+    scenes = read_scenes(config.shards, config.limit)
+
+    def batches(first: int) -> Iterator[dict[str, Tensor]]:
+        return (make_batch(config, scenes, step) for step in count(first))
+
+    def terms_of(step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return losses(net(batch["image"].contiguous(memory_format=torch.channels_last)), batch)
+
+    def rate(step: int) -> float:
+        """Each phase has a warm-up and a cosine of its own."""
+        _, number, steps = config.phase(step)
+        return config.learning_rate * warmup_cosine(number, steps, config.warmup)
+
+    loop = SmallLoop(
+        title="the detector",
+        state=config.out / STATE,
+        settings=settings_of(config, ("shards", "out", "save_every")),
+        steps=config.steps,
+        rate=rate,
+        ema=config.ema,
+        save_every=config.save_every,
+        on_save=lambda shipped: save_detector(cast(DetectorNet, shipped), config.out),
+    )
     optimiser = AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    first = load_state(config.out / STATE, net, average, optimiser, settings)
-    with Progress() as progress:
-        progress.print(f"reading scenes of {config.shards}")
-        scenes = read_scenes(config.shards, config.limit)
-        task = progress.add_task("training", total=config.steps, completed=first)
-        for step in range(first, config.steps):
-            for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * _rate(config, step)
-            batch = make_batch(config, scenes, step)
-            seen = net(batch["image"].contiguous(memory_format=torch.channels_last))
-            terms = losses(seen, batch)
-            optimiser.zero_grad(set_to_none=True)
-            torch.stack(list(terms.values())).sum().backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimiser.step()
-            follow(average, net, config.ema, step)
-            progress.advance(task)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked():
-                values = ", ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
-                progress.print(f"step {step + 1}: {values}")
-                _save(config, step + 1, net, average, optimiser, settings)
-                stop.check("the detector", step + 1)
-
-
-def _rate(config: DetectorTraining, step: int) -> float:
-    """Linear warm-up, then a cosine down to 1 %."""
-    _, step, steps = config.phase(step)
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, steps - config.warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _save(
-    config: DetectorTraining,
-    step: int,
-    net: DetectorNet,
-    average: Weights,
-    optimiser: AdamW,
-    settings: Mapping[str, Any],
-) -> None:
-    """The averaged weights as a checkpoint that can be used at once, and all that resuming needs."""
-    shipped = DetectorNet(net.config)
-    shipped.load_state_dict(average)
-    save_detector(shipped, config.out)
-    save_state(config.out / STATE, step, net, average, optimiser, settings)
+    run_loop(net, optimiser, batches, terms_of, loop)

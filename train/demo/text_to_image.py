@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -57,10 +57,10 @@ from train.demo.base_networks import (
 )
 from train.demo.ground_truth import fully_named
 from train.demo.latent_channels import weigh_channels
-from train.demo.state import STATE, averaged, follow, load_state, save_state, settings_of
+from train.demo.loop import SmallLoop, run_loop
+from train.demo.state import STATE, settings_of
 from train.lock import only_one
 from train.muon import StackedMuon, has_bf16
-from train.stop import Stop, Stopped
 
 NOISE, TWINS = 4, 5  # purposes of train.data.generator_of
 DECAY, BETAS = 0.01, (0.9, 0.99)  # of both optimisers
@@ -198,54 +198,22 @@ def _train(
 ) -> None:
     """Minimises loss_of(step, rows) over the parameters of `net`, which ends with its averaged weights.
 
-    stop_at: end, saved, after this step; the rates are those of all `steps` nevertheless.
-
-    rows: this process's part of the step's batch; gradients are averaged over the processes.
+    rows: this process's part of the step's batch. stop_at: as SmallLoop has it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(net.parameters()).device
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with bf16, 1.4 to 1.7 times as fast
-    average = averaged(net)
-    settings = settings_of(
-        config, ("shards", "out", "held_out", "steps", "vae_steps", "stop_at", "save_every", "compile")
+    no_result = ("shards", "out", "held_out", "steps", "vae_steps", "stop_at", "save_every", "compile")
+    loop = SmallLoop(
+        title=title,
+        state=folder / STATE,
+        settings=settings_of(config, no_result) | {"steps": steps},
+        steps=steps,
+        rate=lambda step: rate * _rate(step, steps, config),
+        ema=config.ema,
+        save_every=config.save_every,
+        stop_at=stop_at,
+        autocast=torch.bfloat16 if has_bf16(next(net.parameters()).device) else None,
     )
-    first = load_state(folder / STATE, net, average, optimiser, settings | {"steps": steps})
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, disable=rank > 0) as progress, Stop() as stop:
-        task, losses = progress.add_task(title, total=steps, completed=first), list[Tensor]()
-        last = min(steps, stop_at or steps)
-        for step in range(first, last):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * _rate(step, steps, config)
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):  # weights stay in float32
-                loss = loss_of(step, slice(rank, None, world))
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            if world > 1:
-                _average_gradients(net, world)
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimiser.step()
-            follow(average, net, config.ema, step)
-            losses.append(loss.detach())  # its number would have to be waited for
-            progress.advance(task)
-            stopped = stop.asked(world, device)
-            if (step + 1) % config.save_every == 0 or step + 1 == last or stopped:
-                if rank == 0:
-                    progress.print(f"{title} step {step + 1}: loss {torch.stack(losses).mean():.4f}")
-                    save_state(folder / STATE, step + 1, net, average, optimiser, settings | {"steps": steps})
-                losses.clear()
-            if stopped:
-                raise Stopped(f"stopped after step {step + 1} of {title}, saved; the same command continues")
-    net.load_state_dict(average)
-    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-
-
-def _average_gradients(net: nn.Module, world: int) -> None:
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient) / world)
+    run_loop(net, optimiser, count, lambda step, _: {"loss": loss_of(step, slice(rank, None, world))}, loop)
 
 
 # ---- stage one: the VAE ----------------------------------------------------------------------------------------------
