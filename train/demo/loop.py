@@ -114,7 +114,7 @@ def with_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a network with other weights."""
     made = copy.deepcopy(net)
     made.load_state_dict(dict(weights))
-    return made.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
+    return made.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _means(seen: list[Terms]) -> str:
