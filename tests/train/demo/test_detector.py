@@ -17,7 +17,7 @@ from infer.evaluation.demo.layout import RELATED
 from infer.evaluation.demo.pixel_net import COLOUR_CLASSES, SHAPE_CLASSES, load_detector
 from shards.core.errors import UserError
 from shards.dataset import Dataset
-from train.demo import pixel_net
+from train.demo import loop
 from train.demo.crop_nets import CloseTraining, fray, pairs_of, train_close, whose
 from train.demo.crop_nets import read_scenes as read_close
 from train.demo.ground_truth import TruthSettings, write_truth
@@ -62,7 +62,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(shards, tmp_p
 def test_sigterm_ends_it_after_the_step_at_hand_saved(shards, tmp_path, monkeypatch):
     recipe = DetectorTraining(shards=shards, out=tmp_path / "a", phases=((1, 4),), save_every=100)
     train_detector(recipe)
-    stopped, step_on = dataclasses.replace(recipe, out=tmp_path / "b"), pixel_net.follow
+    stopped, step_on = dataclasses.replace(recipe, out=tmp_path / "b"), loop.follow
 
     def terminate(average, net, decay, step):
         step_on(average, net, decay, step)
@@ -70,7 +70,7 @@ def test_sigterm_ends_it_after_the_step_at_hand_saved(shards, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 2 of the detector, saved"):
-        patch.setattr(pixel_net, "follow", terminate)
+        patch.setattr(loop, "follow", terminate)
         train_detector(stopped)
     train_detector(stopped)
     whole, resumed = (load_file(out / "training.safetensors") for out in (recipe.out, stopped.out))

@@ -19,7 +19,7 @@ from shards.core.errors import UsageError, UserError
 from shards.dataset import Dataset
 from shards.inspect.verify import verify
 from train.__main__ import app
-from train.demo import text_to_image
+from train.demo import loop
 from train.demo.base_networks import ARCHITECTURES, make_tokenizer
 from train.demo.ground_truth import TruthSettings, write_truth
 from train.demo.text_to_image import BaseTraining, Pictures, evenly, train_base
@@ -154,7 +154,7 @@ def test_an_architecture_that_there_is_not_is_a_usage_error(truth: str) -> None:
 def test_sigterm_ends_the_command_after_the_step_at_hand_and_a_second_one_is_refused_meanwhile(
     truth: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_on, out = text_to_image.follow, tmp_path / "out"
+    step_on, out = loop.follow, tmp_path / "out"
 
     def terminate(average: Any, net: Any, decay: float, step: int) -> None:
         step_on(average, net, decay, step)
@@ -164,7 +164,7 @@ def test_sigterm_ends_the_command_after_the_step_at_hand_and_a_second_one_is_ref
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(text_to_image, "follow", terminate)
+        patch.setattr(loop, "follow", terminate)
         found = CliRunner().invoke(app, ["base", "--shards", truth, "--out", str(out)])
     assert found.exit_code == 0 and "stopped after step 2 of VAE, saved; the same command continues" in found.output
     with safe_open(out / "vae" / "training.safetensors", "pt") as file:
