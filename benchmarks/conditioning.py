@@ -23,7 +23,7 @@ from infer.embedded import usual_guidance
 from infer.evaluation.agreement import MEASURES, Estimators, Maps, agreement
 from infer.model.vae import decode, encode
 from infer.sampler import CoGenerator
-from shards.inspect.display import Row, sheet
+from shards.inspect.display import SheetRow, sheet
 from shards.packing import pack, unpack
 from train.demo.ground_truth import exact_maps
 
@@ -88,7 +88,7 @@ def main() -> None:
     row(table, "maps -> image, against another's", seen, others)
     Console(width=120).print(table)
     if given.sheet:
-        drawn = list[Row]()
+        drawn = list[SheetRow]()
         for i in range(min(SHEET_SCENES, given.scenes)):
             drawn.append((renderings[i].image, truth[i], captions[i]))
             drawn.append((renderings[i].image, of_images[i], "maps made of the image"))

@@ -25,7 +25,7 @@ from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, to_network
 from extract.estimators.demo import DemoEstimator
 from extract.estimators.sam import SamEstimator, SquareEncoder
-from extract.estimators.table import ROWS, Row, folder_of, load
+from extract.estimators.table import ROWS, EstimatorRow, folder_of, load
 from shards.core.errors import UserError
 from tests.support.published_rows import LARGER, SAME, published_row
 
@@ -33,7 +33,7 @@ BATCHES = (1, 4, 16)
 EACH_NETWORK = [name for name in ROWS if name not in {"null", *LARGER, *SAME}]
 
 
-def prepared(name: str, folder: Path) -> tuple[Row, str]:
+def prepared(name: str, folder: Path) -> tuple[EstimatorRow, str]:
     """The row, with its own weights ("real") or with a small checkpoint of the tests ("tiny")."""
     try:
         folder_of(ROWS[name])

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from extract.estimators import Estimator, null
-from extract.estimators.table import Row, Task, fingerprint
+from extract.estimators.table import EstimatorRow, Task, fingerprint
 from extract.images.prepare import ImageRules
 from extract.run.make_shard import UnitWork
 from extract.run.worker import Outcome, WorkerSetup
@@ -72,7 +72,7 @@ def load_sleeping(*, device: str, dtype: str, weights: Path | None, image_s: flo
 
 def sleeping(image_s: float) -> Task:
     """The estimator's row. Not one of the table's: nobody needs it but these benchmarks."""
-    row = Row(
+    row = EstimatorRow(
         name="sleeping",
         yields=tuple(INTRINSICS),
         what="sleeps",

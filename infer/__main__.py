@@ -160,7 +160,7 @@ def _make(
 ) -> None:
     """Paints and writes the jobs, with a progress bar on stderr and a summary on stdout."""
     from infer.dataset import write_dataset
-    from infer.jobs import paint_all
+    from infer.jobs import sample_all
     from infer.outputs import is_written, write_sample
     from shards.core.storage import Folder
 
@@ -175,7 +175,7 @@ def _make(
                 request,
                 manifest,
                 jobs,
-                lambda part: paint_all(request, part, **how) if part else (),
+                lambda part: sample_all(request, part, **how) if part else (),
                 shard_size=shard_size,
                 progress=lambda done: bar.advance(task, done),
             )
@@ -185,7 +185,7 @@ def _make(
             wanted = {"compare": request.compare, "shares": request.shares}
             todo = [job for job in jobs if not is_written(folder, job.key, **wanted)]
             bar.advance(task, len(jobs) - len(todo))
-            for painted in paint_all(request, todo, **how) if todo else ():
+            for painted in sample_all(request, todo, **how) if todo else ():
                 write_sample(folder, painted.key, painted.members | painted.extras)
                 bar.advance(task)
             count = len(todo)
@@ -299,7 +299,7 @@ def evaluate(
     resolve(run_, "run")
 
     from infer.evaluation.command import Told, judges_of, summary
-    from infer.evaluation.generate import Drawing, parse_methods
+    from infer.evaluation.generate import EvaluationOptions, parse_methods
     from infer.evaluation.run import Evaluation, search_methods
     from infer.evaluation.run import evaluate as carry_out
     from infer.evaluation.sets import prompt_set
@@ -308,7 +308,7 @@ def evaluate(
     if oracle_intrinsics:
         chosen += tuple(oracle for oracle in parse_methods("oracle-joint") if oracle not in chosen)
     evaluation = Evaluation(
-        drawing=Drawing(
+        drawing=EvaluationOptions(
             base=base,
             run=run_,
             steps=steps,

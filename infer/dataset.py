@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
-from infer.jobs import Job, Painted, Request
+from infer.jobs import Job, Request, SampleFiles
 from infer.outputs import IMAGE, maker
 from infer.run_folder import Manifest
 from shards.core.errors import UserError
@@ -21,7 +21,7 @@ def write_dataset(
     request: Request,
     manifest: Manifest,
     jobs: Sequence[Job],
-    paint: Callable[[Sequence[Job]], Iterable[Painted]],
+    paint: Callable[[Sequence[Job]], Iterable[SampleFiles]],
     *,
     shard_size: int,
     progress: Callable[[int], None],
@@ -86,7 +86,7 @@ def _write_shard(
     folder: Folder,
     index: int,
     jobs: Sequence[Job],
-    painted: Iterator[Painted],
+    painted: Iterator[SampleFiles],
     info: dict[str, Any],
     progress: Callable[[int], None],
 ) -> None:

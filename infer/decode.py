@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
 
-from infer.model.denoiser import Share
+from infer.model.denoiser import AttentionShare
 from infer.model.vae import decode, full_precision, unscaled
 from shards.intrinsics import IntrinsicMap
 from shards.packing import DepthRange, unpack
@@ -33,7 +33,7 @@ class Generated:
     prompts: list[str]
     seeds: list[int]
     flagged: list[bool] | None
-    shares: list[Share] | None
+    shares: list[AttentionShare] | None
     settings: dict[str, Any]
 
 

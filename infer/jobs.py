@@ -140,7 +140,7 @@ def _contents(request: Request) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Painted:
+class SampleFiles:
     """The files of one job: the sample's members by name, and what goes beside them."""
 
     key: str
@@ -148,7 +148,7 @@ class Painted:
     extras: dict[str, bytes]
 
 
-class Painter:
+class SamplerWorker:
     """Works on jobs, in this process or as a Ray actor; loads the models with its first job."""
 
     def __init__(self, request: Request, threads: int | None = None) -> None:
@@ -188,7 +188,7 @@ class Painter:
             repaint_maps=_mask(request.repaint_maps),
         )
 
-    def paint(self, jobs: Sequence[Job]) -> list[Painted]:
+    def paint(self, jobs: Sequence[Job]) -> list[SampleFiles]:
         """All files of these jobs, made as one batch."""
         asked: dict[str, Any] = {
             "prompt": [job.prompt for job in jobs],
@@ -215,7 +215,7 @@ class Painter:
             repeat = {"command": command(self._request, job), **made.settings}
             about = {"prompt": job.prompt, "seed": job.seed, "generated": repeat}
             members = sample_members(made, i, about, by)
-            painted.append(Painted(job.key, members, extra_files(made, i, bases[i])))
+            painted.append(SampleFiles(job.key, members, extra_files(made, i, bases[i])))
         return painted
 
 
@@ -223,16 +223,16 @@ def _mask(path: str | None) -> np.ndarray | None:
     return None if path is None else np.asarray(read_image(Path(path), "L")) > 127
 
 
-def paint_all(
+def sample_all(
     request: Request, jobs: Sequence[Job], *, batch: int, workers: int, address: str = "local"
-) -> Iterator[Painted]:
+) -> Iterator[SampleFiles]:
     """Paints the jobs, in order. workers: 1 in this process, more as Ray actors (a GPU each, where the device is cuda).
 
     The result does not depend on the number of workers. A worker that dies is started again, and its batch repeated.
     """
     batches = [jobs[i : i + batch] for i in range(0, len(jobs), batch)]
     if workers <= 1:
-        painter = Painter(request)
+        painter = SamplerWorker(request)
         for part in batches:
             yield from painter.paint(part)
         return
@@ -243,7 +243,7 @@ def paint_all(
 
     on_gpu = (request.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     with connected(address, workers):
-        actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=3, max_task_retries=3)(Painter)
+        actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=3, max_task_retries=3)(SamplerWorker)
         painters: list[Any] = [actor.remote(request, None if on_gpu else 1) for _ in range(min(workers, len(batches)))]
         try:
             yield from _in_order(painters, batches)
@@ -254,7 +254,7 @@ def paint_all(
                 ray.kill(worker)
 
 
-def _in_order(painters: list[Any], batches: list[Sequence[Job]]) -> Iterator[Painted]:
+def _in_order(painters: list[Any], batches: list[Sequence[Job]]) -> Iterator[SampleFiles]:
     """Two batches in flight for each painter, given to whoever has least to do; results in the order of the batches."""
     import ray
 

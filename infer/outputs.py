@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from infer.decode import Generated
-from infer.model.denoiser import Share
+from infer.model.denoiser import AttentionShare
 from infer.run_folder import Manifest
 from shards.core.errors import UserError
 from shards.core.storage import Folder
@@ -77,7 +77,7 @@ def extra_files(made: Generated, index: int, base: Image.Image | None) -> dict[s
     return files
 
 
-def share_table(shares: Sequence[Share], index: int) -> list[dict[str, Any]]:
+def share_table(shares: Sequence[AttentionShare], index: int) -> list[dict[str, Any]]:
     """For each layer and step: timestep, layer, stage, and the mean share of image `index` (with guidance, of its prompt)."""
     return [
         {

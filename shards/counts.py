@@ -20,7 +20,7 @@ def is_drop(reason: str) -> bool:
 
 
 @dataclass
-class Standing:
+class DatasetCounts:
     """How a dataset stands: every input once, with the outcome of its last attempt. inputs = ok + failed + dropped.
 
     retried: attempts that a later one superseded.
@@ -55,9 +55,9 @@ class Standing:
         self.failed += Counter()  # reasons that are at zero go
 
 
-def standing(info: Mapping[str, Any], marks: Iterable[Mapping[str, Any]]) -> Standing:
+def standing(info: Mapping[str, Any], marks: Iterable[Mapping[str, Any]]) -> DatasetCounts:
     """How a dataset stands, by its dataset.json and its marks in order."""
-    result = Standing()
+    result = DatasetCounts()
     rounds = list(info.get("retries") or ())
     for mark in marks:
         result.add(mark["counts"])

@@ -94,7 +94,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutSample:
     """A held-out sample with the truth that it is measured against: its image uint8 (S, S, 3), maps, and depth range."""
 
     sample: Sample
@@ -120,7 +120,9 @@ def mirrored(caption: str) -> str:
 _MIRROR = {"left": "right", "right": "left"}
 
 
-def _to_tensors(item: Item, rng: np.random.Generator, config: DataConfig, dataset: int = 0) -> tuple[Sample, Held]:
+def _to_tensors(
+    item: Item, rng: np.random.Generator, config: DataConfig, dataset: int = 0
+) -> tuple[Sample, HeldOutSample]:
     """Crop, flip, resize and pack one sample. The flip is drawn first, so that it is known without decoding."""
     assert item.image is not None
     flip = bool(rng.random() < config.flip)
@@ -140,7 +142,7 @@ def _to_tensors(item: Item, rng: np.random.Generator, config: DataConfig, datase
         variant=(dataset, flip),
         skipped=item.skipped,
     )
-    return sample, Held(sample, image, maps, depth_range(maps["depth"]))
+    return sample, HeldOutSample(sample, image, maps, depth_range(maps["depth"]))
 
 
 def _variants(item: Item, rng: np.random.Generator, configs: Sequence[DataConfig], samples: "Samples") -> list[Sample]:
@@ -319,7 +321,7 @@ class Samples:
     def _dataset(self, position: int) -> int:
         return self.stream.mixture.place(position // self.stream.chunk)[0]
 
-    def held_out(self) -> list[Held]:
+    def held_out(self) -> list[HeldOutSample]:
         """At most config.validation samples that are never trained on (or, if none are held out, that are), never flipped, in a
         fixed order, with the truth."""
         return [held for _, held in self._measured(_to_tensors)]

@@ -25,11 +25,11 @@ from infer.bases.loading import open_base
 from infer.model.vae import scaled, widen
 from shards.core.errors import UsageError, UserError
 from shards.core.storage import Folder
-from shards.inspect.display import Row, sheet
+from shards.inspect.display import SheetRow, sheet
 from shards.intrinsics import INTRINSICS
 from shards.packing import CHANNELS, SLICES, unpack
 from train.config import TrainConfig, VaeConfig
-from train.data import Batch, Held, Samples, generator_of
+from train.data import Batch, HeldOutSample, Samples, generator_of
 from train.engine import Outcome, Validation, make_accelerator, train
 from train.identity import MADE_FROM, Identity, check_latents, describe_vae
 from train.lock import only_one
@@ -72,7 +72,7 @@ class VaeTask:
 
     config: VaeConfig
     vae: AutoencoderKL
-    held: Sequence[Held]
+    held: Sequence[HeldOutSample]
     image_latents: Tensor
     seed: int
     device: torch.device
@@ -115,7 +115,7 @@ class VaeTask:
     def validate(self, sheets: int) -> Validation:
         """Every measure with all intrinsics given, and with each one missing ("without_depth/normal/angle", ...)."""
         metrics: dict[str, float] = {}
-        score, shown = 0.0, list[Row]()
+        score, shown = 0.0, list[SheetRow]()
         for missing in (None, *INTRINSICS):
             rows, latents = list[dict[str, float]](), list[Tensor]()
             losses = list[float]()

@@ -88,11 +88,11 @@ def load(*, device: str, dtype: str, weights: Path, kind: str, file: str, shorte
     load_strictly(net, without_prefix(found), weights / file)
     net = net.to(device=torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     resolution = Resolution(shorter=shorter, most=1.0, multiple=row.multiple, up=True)
-    return NetworkEstimator(Drawing(net, row.draw), resolution, torch.device(device), getattr(torch, dtype))
+    return NetworkEstimator(LineNetwork(net, row.draw), resolution, torch.device(device), getattr(torch, dtype))
 
 
 @dataclass
-class Drawing:
+class LineNetwork:
     """A Network (extract.estimators.batching) that draws lines."""
 
     net: nn.Module

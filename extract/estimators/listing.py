@@ -5,7 +5,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from extract.estimators.checkpoints import Published, fetch
-from extract.estimators.table import ROWS, SETS, EstimatorSet, Row
+from extract.estimators.table import ROWS, SETS, EstimatorRow, EstimatorSet
 
 
 def show() -> None:
@@ -25,7 +25,7 @@ def show() -> None:
     )
 
 
-def _about(row: Row) -> str:
+def _about(row: EstimatorRow) -> str:
     """What a row is, where its weights are published, and how it is run."""
     place = [f"{_published(row.weights)}: {', '.join(row.files)}"] if isinstance(row.weights, Published) else []
     size = [f"{row.params_m:g} M parameters"] if row.params_m else []
@@ -39,7 +39,7 @@ def _published(weights: Published) -> str:
     return str(weights) if weights.pinned else f"{weights} (branch {weights.revision}, not pinned)"
 
 
-def rows_of(chosen: EstimatorSet) -> list[Row]:
+def rows_of(chosen: EstimatorSet) -> list[EstimatorRow]:
     """The rows of a set, each once."""
     return list({chosen.rows[name]: chosen.row(name) for name in chosen.rows}.values())
 

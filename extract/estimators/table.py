@@ -23,7 +23,7 @@ TABLE = "table.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class EstimatorRow:
     """One estimator.
 
     yields: the maps of one forward pass. load: "module:function", called with device, dtype, weights and the settings.
@@ -66,14 +66,14 @@ class EstimatorSet:
     name: str
     rows: Mapping[str, str]
     note: str = ""
-    own: Mapping[str, Row] = field(default_factory=dict)
+    own: Mapping[str, EstimatorRow] = field(default_factory=dict)
 
-    def row(self, intrinsic: str) -> Row:
+    def row(self, intrinsic: str) -> EstimatorRow:
         name = self.rows[intrinsic]
         return self.own[name] if name in self.own else ROWS[name]
 
 
-def _row(name: str, columns: Mapping[str, Any], rows: Mapping[str, Row], where: str) -> Row:
+def _row(name: str, columns: Mapping[str, Any], rows: Mapping[str, EstimatorRow], where: str) -> EstimatorRow:
     """A row from its table in a .toml. like: the row that gives what is not there. `repo` and `revision`, or `weights` (a
     folder or an fsspec URL), say where its checkpoint is."""
     given = dict(columns)
@@ -90,7 +90,7 @@ def _row(name: str, columns: Mapping[str, Any], rows: Mapping[str, Row], where: 
         place = Published(str(repo or known.repo), str(revision or known.revision))
     elif weights is not None:
         place = str(weights) if "://" in str(weights) else Path(str(weights)).expanduser()
-    row = load_config(Row, base, given, {"name": name}, where=f"row.{name}")
+    row = load_config(EstimatorRow, base, given, {"name": name}, where=f"row.{name}")
     if unknown := sorted(set(row.yields) - set(INTRINSICS)):
         raise UsageError(f"{where}: row.{name} yields {unknown[0]!r}; the intrinsics are {', '.join(INTRINSICS)}")
     return replace(row, weights=place)
@@ -104,9 +104,9 @@ def _set(name: str, columns: Mapping[str, Any], where: str) -> EstimatorSet:
     return EstimatorSet(name=name, rows=rows, note=str(columns.get("note", "")))
 
 
-def _read_table() -> tuple[dict[str, Row], dict[str, EstimatorSet]]:
+def _read_table() -> tuple[dict[str, EstimatorRow], dict[str, EstimatorSet]]:
     table = read_toml(HERE / TABLE)
-    rows: dict[str, Row] = {}
+    rows: dict[str, EstimatorRow] = {}
     for name, columns in table["row"].items():
         rows[name] = _row(name, columns, rows, TABLE)
     rows["demo-net"] = replace(rows["demo-net"], weights=HERE / "weights" / "demo")
@@ -162,7 +162,7 @@ def _read_set(path: Path) -> EstimatorSet:
     return chosen
 
 
-def _recognised(folder: Path) -> Row:
+def _recognised(folder: Path) -> EstimatorRow:
     """A row for a checkpoint folder: like the first of the table that has its architecture."""
     for file, key in (("model_index.json", "_class_name"), ("config.json", "architectures")):
         if (folder / file).is_file():
@@ -184,7 +184,7 @@ def _recognised(folder: Path) -> Row:
 class Task:
     """A row and the maps that are wanted of it."""
 
-    row: Row
+    row: EstimatorRow
     intrinsics: tuple[str, ...]
 
 
@@ -202,12 +202,12 @@ def tasks_of(chosen: EstimatorSet, only: tuple[str, ...] = ()) -> list[Task]:
     return [Task(by_name[row], tuple(name for name in wanted if chosen.rows[name] == row)) for row in rows]
 
 
-def folder_of(row: Row) -> Path | None:
+def folder_of(row: EstimatorRow) -> Path | None:
     """The folder of the row's checkpoint on this machine; None for a rule. Raises UserError if it is not there."""
     return None if row.weights is None else locate(row.weights, row.files, row.name, row.origin)
 
 
-def fingerprint(row: Row) -> dict[str, Any]:
+def fingerprint(row: EstimatorRow) -> dict[str, Any]:
     """What decides the maps of a row: name, weights (sha256), settings, code version; and a short id of all this."""
     folder = folder_of(row)
     body = {
@@ -219,7 +219,7 @@ def fingerprint(row: Row) -> dict[str, Any]:
     return {"id": f"{row.name}@{digest(body)[:8]}", **body}
 
 
-def load(row: Row, device: str, dtype: str = "float32") -> Estimator:
+def load(row: EstimatorRow, device: str, dtype: str = "float32") -> Estimator:
     """The estimator of a row, ready on `device` ("cpu", "cuda", ...) in `dtype`. Raises UserError for a bad checkpoint."""
     module, function = row.load.split(":")
     make = getattr(importlib.import_module(module), function)

@@ -44,7 +44,7 @@ class Plan:
     exact: bool
     done: int
     probe: Measured
-    staff: cluster.Staff
+    staff: cluster.WorkerPlan
     captions: CaptionReport | None = None
 
     @property
@@ -72,8 +72,8 @@ def make_plan(config: ExtractConfig, *, source: Source | None = None) -> Plan:
         captions.check()
     done = sum(name.endswith(".json") and name.removesuffix(".json").isdigit() for name in names)
     with cluster.connected(config.run.address, config.run.workers or cores()):
-        staff = cluster.plan_staff(config.run)
-        with cluster.hired(_setup(config, source, staff), staff, config.run.stall_limit_s) as ask:
+        staff = cluster.plan_workers(config.run)
+        with cluster.single_worker(_setup(config, source, staff), staff, config.run.stall_limit_s) as ask:
             probe = ask("measure", first)
             total = source.total()
             if total is None and not isinstance(source, Repeating):  # each unit has a size of its own
@@ -85,7 +85,7 @@ def make_plan(config: ExtractConfig, *, source: Source | None = None) -> Plan:
     return Plan(config.out, units, inputs, total is not None, min(done, units), probe, staff, captions)
 
 
-def _setup(config: ExtractConfig, source: Source, staff: cluster.Staff) -> WorkerSetup:
+def _setup(config: ExtractConfig, source: Source, staff: cluster.WorkerPlan) -> WorkerSetup:
     tasks = tuple(tasks_of(find_set(config.run.estimators), config.run.only))
     made = {name for task in tasks for name in task.intrinsics}
     members = tuple(member_names(config.image.format, tuple(name for name in INTRINSICS if name in made)))

@@ -32,7 +32,7 @@ from extract.sources.table import open_source
 from shards.core.cores import cores
 from shards.core.errors import TooManyFailures, UserError
 from shards.core.storage import WRITING, Folder
-from shards.counts import Standing, is_drop
+from shards.counts import DatasetCounts, is_drop
 from shards.dataset import Dataset
 from shards.description import create_info, kind_of, read_info, replace_info, update_info
 from shards.intrinsics import INTRINSICS
@@ -52,7 +52,7 @@ class Summary:
 
     out: str
     shards: int = 0
-    stand: Standing = field(default_factory=Standing)
+    stand: DatasetCounts = field(default_factory=DatasetCounts)
     made: int = 0
     seconds: float = 0.0
     stages: Counter[str] = field(default_factory=Counter)
@@ -95,8 +95,8 @@ def run(
     with Reporter(_total(source, config.run.limit)) as reporter, stop.listening(), contextlib.ExitStack() as stack:
         for line in captions.lines() if captions else ():
             reporter.say(line)
-        tally = _Tally(Summary(config.out, captions=captions), reporter, stop)
-        crew = _Crew(folder, source, config, info, tasks, tally, stack, in_process)
+        tally = _RunCounts(Summary(config.out, captions=captions), reporter, stop)
+        crew = _Workers(folder, source, config, info, tasks, tally, stack, in_process)
         crew.work(source.units(size, config.run.limit))
         if retry_failed and not (info["retries"] and finishing):
             info["retries"].append(retries.new_round(tally.shards))
@@ -254,7 +254,7 @@ def _begun(folder: Folder) -> bytearray:
 
 
 @dataclass
-class _Tally:
+class _RunCounts:
     """Listens to the work: counts what is finished, and tells the person who waits."""
 
     summary: Summary
@@ -309,7 +309,7 @@ def _failures(counts: dict[str, Any]) -> int:
 
 
 @dataclass
-class _Crew:
+class _Workers:
     """Does units, and starts Ray and its workers for the first that is not done yet; `stack` ends them."""
 
     folder: Folder
@@ -317,7 +317,7 @@ class _Crew:
     config: ExtractConfig
     info: dict[str, Any]
     tasks: Sequence[Task]
-    tally: _Tally
+    tally: _RunCounts
     stack: contextlib.ExitStack
     in_process: bool = False
     changes: Changes = field(default_factory=Changes)
@@ -354,7 +354,7 @@ class _Crew:
     def _work_here(self, first: "cluster.Job", jobs: "Iterator[cluster.Job]") -> None:
         from extract.workers import cluster
 
-        staff = cluster.Staff(1, "cpu", 0.0, self.config.run.threads or cluster.CPU_THREADS)
+        staff = cluster.WorkerPlan(1, "cpu", 0.0, self.config.run.threads or cluster.CPU_THREADS)
         worker = Worker(self._setup(staff))
         for job in itertools.chain([first], jobs):
             for attempt in range(1, cluster.ATTEMPTS + 1):
@@ -401,13 +401,13 @@ class _Crew:
         stop.deferred = True
         with stop.waiting_for("Ray has started"):
             self.stack.enter_context(cluster.connected(run.address, run.workers or cores()))
-        staff = cluster.plan_staff(run)
+        staff = cluster.plan_workers(run)
         stall = cluster.StallRules(run.stall_warning_s, run.stall_limit_s)
         pool = cluster.Pool(self._setup(staff), staff.workers, cpus=1, gpus=staff.gpus_per_worker, stall=stall)
         grows = run.address != "local" and not run.workers
         return pool, partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None
 
-    def _setup(self, staff: "cluster.Staff") -> WorkerSetup:
+    def _setup(self, staff: "cluster.WorkerPlan") -> WorkerSetup:
         """What every worker is told once."""
         work = UnitWork(
             source=self.source,
@@ -427,7 +427,7 @@ class _Crew:
         )
 
 
-def _close(folder: Folder, info: dict[str, Any], tally: _Tally) -> None:
+def _close(folder: Folder, info: dict[str, Any], tally: _RunCounts) -> None:
     """Writes the totals and removes what killed writers left."""
     if -1 in tally.ok:
         raise UserError(

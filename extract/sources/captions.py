@@ -50,7 +50,7 @@ _TRIED_ROWS, _TRIED_ROOTS = 8, 24
 csv.field_size_limit(max(csv.field_size_limit(), MAX_METADATA_BYTES))
 
 
-class Row(NamedTuple):
+class CaptionRow(NamedTuple):
     """One row of a table. path: the image's, normalised, relative to the folder; "" if the row has none that is usable.
 
     place: where the row stands ("row 12"). problem: why the row cannot be used, or "".
@@ -181,18 +181,18 @@ class Table:
         best = max(hits, key=lambda root: hits[root])
         return best if hits[best] else own
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[CaptionRow]:
         """All rows in their order, streamed."""
         with self.folder.open(self.name) as file:
             for place, record in self._records(file):
                 if isinstance(record, str):
-                    yield Row(place, "", {}, record)
+                    yield CaptionRow(place, "", {}, record)
                     continue
                 value = record.get(self.file_column)
                 if not isinstance(value, str) or not value.strip():
-                    yield Row(place, "", {}, f"its {self.file_column!r} names no file")
+                    yield CaptionRow(place, "", {}, f"its {self.file_column!r} names no file")
                 else:
-                    yield Row(place, self._relative(value.strip()), record)
+                    yield CaptionRow(place, self._relative(value.strip()), record)
 
     def _relative(self, path: str) -> str:
         """A path as a table has it, relative to the folder: `./a.jpg` and the folder's own absolute path are understood."""

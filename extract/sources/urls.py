@@ -77,7 +77,7 @@ class Columns(NamedTuple):
         return frozenset((self.url, self.caption_root)) - {""}
 
 
-class Row(NamedTuple):
+class UrlRow(NamedTuple):
     """A row that is to be downloaded."""
 
     key: str
@@ -277,7 +277,7 @@ class UrlSource:
     def read(self, unit: Unit) -> Iterator[RawSample | Failure]:
         """One sample or failure for each row of the unit, in order; downloads run ahead of what is taken."""
         ahead = max(256, 4 * self.download.concurrency)
-        waiting: deque[Failure | tuple[Row, int]] = deque()
+        waiting: deque[Failure | tuple[UrlRow, int]] = deque()
         contents: dict[str, str] = {}  # sha256 -> key
         with self._downloader.batch() as batch:
             for item in (item for part in unit.items for item in self._rows(part)):
@@ -296,7 +296,7 @@ class UrlSource:
         if downloader := self.__dict__.pop("_downloader", None):
             downloader.close()
 
-    def _rows(self, part: Range) -> Iterator[Row | Failure]:
+    def _rows(self, part: Range) -> Iterator[UrlRow | Failure]:
         """The rows of a range: what is to be downloaded, and a failure for every other."""
         table = Table(part.address, self.header, self.encoding)
         wanted = iter(range(part.cut.stop - part.cut.start) if part.only is None else part.only)
@@ -330,7 +330,7 @@ class UrlSource:
 
     def _screen(
         self, part: Range, columns: Columns, group: Sequence[tuple[int, dict[str, Any] | str]]
-    ) -> Iterator[Row | Failure]:
+    ) -> Iterator[UrlRow | Failure]:
         """Filters rows that were read together."""
         good = [row if isinstance(row, dict) else {} for _, row in group]
         names = [columns.url, columns.caption_root, *columns.values.values()]
@@ -353,7 +353,7 @@ class UrlSource:
             except ReadProblem as problem:
                 yield Failure(key, REASONS[problem.reason].stage, problem.reason, problem.message)
 
-    def _row(self, key: str, row: dict[str, Any], caption: str, columns: Columns, repeats: Sequence[str]) -> Row:
+    def _row(self, key: str, row: dict[str, Any], caption: str, columns: Columns, repeats: Sequence[str]) -> UrlRow:
         if not _is_url(readable(row.get(columns.url))):
             raise ReadProblem("bad_row", f"its {columns.url!r} is not a URL")
         row = {name: json_value(readable(value)) if name in columns.raw else value for name, value in row.items()}
@@ -365,9 +365,11 @@ class UrlSource:
                 "filtered_repeated_hash", f"an earlier row has the same {name} {str(row.get(name))[:80]!r}"
             )
         hashes = {kind: str(row[name]).strip().lower() for kind, name in columns.hashes if row.get(name)}
-        return Row(key, url.strip(), caption, row, hashes)
+        return UrlRow(key, url.strip(), caption, row, hashes)
 
-    def _output(self, item: Failure | tuple[Row, int], batch: Batch, contents: dict[str, str]) -> RawSample | Failure:
+    def _output(
+        self, item: Failure | tuple[UrlRow, int], batch: Batch, contents: dict[str, str]
+    ) -> RawSample | Failure:
         if isinstance(item, Failure):
             return item
         row, place = item
@@ -379,7 +381,7 @@ class UrlSource:
         except ReadProblem as problem:
             return Failure(row.key, REASONS[problem.reason].stage, problem.reason, problem.message)
 
-    def _sample(self, row: Row, downloaded: Downloaded, contents: dict[str, str]) -> RawSample:
+    def _sample(self, row: UrlRow, downloaded: Downloaded, contents: dict[str, str]) -> RawSample:
         digest = hashlib.sha256(downloaded.data).hexdigest()
         for kind, stated in row.hashes.items():
             found = digest if kind == "sha256" else hashlib.md5(downloaded.data, usedforsecurity=False).hexdigest()

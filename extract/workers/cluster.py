@@ -18,7 +18,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from extract.config import RunConfig
 from extract.run.worker import THREAD_VARIABLES, Outcome, Worker, WorkerSetup
 from extract.sources import Unit
-from extract.workers.poison import Inquiry
+from extract.workers.poison import CrashBisection
 from shards.core.cli import DEBUG_VARIABLE
 from shards.core.errors import UserError
 
@@ -106,7 +106,7 @@ def cluster_size(cpus: float, gpus: float) -> int:
 
 
 @dataclass(frozen=True)
-class Staff:
+class WorkerPlan:
     """How many workers there are, on what they compute, and what each gets."""
 
     workers: int
@@ -115,7 +115,7 @@ class Staff:
     threads: int
 
 
-def plan_staff(wishes: RunConfig) -> Staff:
+def plan_workers(wishes: RunConfig) -> WorkerPlan:
     """The workers for the cluster that is connected: on its GPUs if it has any, wherever the driver itself runs.
 
     Raises UserError if GPUs are asked for and there are none.
@@ -125,14 +125,16 @@ def plan_staff(wishes: RunConfig) -> Staff:
     if wishes.device == "cuda" and not gpus:
         raise UserError("--device cuda: Ray finds no GPU here; use --device cpu, or check `nvidia-smi` on the nodes")
     if wishes.device == "cpu" or not gpus:
-        return Staff(wishes.workers or cluster_size(1, 0), "cpu", 0.0, wishes.threads or CPU_THREADS)
+        return WorkerPlan(wishes.workers or cluster_size(1, 0), "cpu", 0.0, wishes.threads or CPU_THREADS)
     workers = wishes.workers or cluster_size(1, wishes.gpus_per_worker)
     each = int(there.get("CPU", 1)) // workers
-    return Staff(workers, "cuda", wishes.gpus_per_worker, wishes.threads or min(max(each, CPU_THREADS), GPU_THREADS))
+    return WorkerPlan(
+        workers, "cuda", wishes.gpus_per_worker, wishes.threads or min(max(each, CPU_THREADS), GPU_THREADS)
+    )
 
 
 @contextmanager
-def hired(setup: WorkerSetup, staff: Staff, stall_limit_s: float = 0.0) -> Iterator[Callable[..., Any]]:
+def single_worker(setup: WorkerSetup, staff: WorkerPlan, stall_limit_s: float = 0.0) -> Iterator[Callable[..., Any]]:
     """One worker, to be asked by the name of a method. What it answers with a sentence is raised as UserError, as is no
     answer within stall_limit_s (0: it is waited for)."""
     options = {"num_cpus": 1, "num_gpus": staff.gpus_per_worker, "max_restarts": 0}
@@ -162,7 +164,7 @@ def hired(setup: WorkerSetup, staff: Staff, stall_limit_s: float = 0.0) -> Itera
 # ---- what workers are asked ------------------------------------------------------------------------------------------
 
 
-class Question(Protocol):
+class Request(Protocol):
     """Something that a worker is asked; it may be asked again of another one."""
 
     def ask(self, worker: Any) -> Any:
@@ -185,14 +187,14 @@ class Job:
 
 
 @dataclass
-class Search:
+class CrashSearch:
     """The search for the inputs of a job that kill their worker."""
 
     job: Job
-    inquiry: Inquiry = field(init=False)
+    inquiry: CrashBisection = field(init=False)
 
     def __post_init__(self) -> None:
-        self.inquiry = Inquiry(f"unit {self.job.unit.index}")
+        self.inquiry = CrashBisection(f"unit {self.job.unit.index}")
 
     def ask(self, worker: Any) -> Any:
         start, stop = self.inquiry.question or (0, 0)
@@ -228,7 +230,7 @@ class StallRules:
 class Stall:
     """A worker that has made no progress with a question for so long. question None: no worker could start."""
 
-    question: Question | None
+    question: Request | None
     seconds: float
 
 
@@ -237,7 +239,7 @@ class _Task:
     """A question that a worker has, and what was last heard of it. Times are of the pool's own clock."""
 
     worker: Any
-    question: Question
+    question: Request
     moved: float
     """When its progress last changed, or when it was asked."""
     looked: float
@@ -289,15 +291,15 @@ class Pool:
             worker = self._actor.remote(self._reference)
             self._starting[worker.progress.remote()] = worker
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: Request) -> None:
         """Hands a question to an idle worker."""
         worker, now = self._idle.pop(), self._tick()
         self._busy[question.ask(worker)] = _Task(worker, question, moved=now, looked=now)
 
-    def wait(self, seconds: float) -> list[tuple[Question, Any]]:
+    def wait(self, seconds: float) -> list[tuple[Request, Any]]:
         """Questions that were answered within the time, or whose worker Died. Raises UserError if workers cannot start."""
         ready, _ = ray.wait([*self._busy, *self._starting], num_returns=1, timeout=seconds)
-        ended: list[tuple[Question, Any]] = []
+        ended: list[tuple[Request, Any]] = []
         for reference in ready:
             if reference in self._starting:
                 self._welcome(self._starting.pop(reference), reference)
@@ -380,7 +382,7 @@ class Pool:
             self._had_workers = now
         return found
 
-    def replace_stalled(self) -> list[tuple[Question, Died]]:
+    def replace_stalled(self) -> list[tuple[Request, Died]]:
         """Ends the workers that have made no progress for the limit's time; their questions are for others.
 
         One that cannot be ended at once (its disk hangs in the kernel, its node is out of reach) is given up all the same:
@@ -388,7 +390,7 @@ class Pool:
         """
         now, limit = self._tick(), self._stall.limit_s
         late = [reference for reference, task in self._busy.items() if limit and now - task.moved >= limit]
-        ended: list[tuple[Question, Died]] = []
+        ended: list[tuple[Request, Died]] = []
         for reference in late:
             task = self._busy.pop(reference)
             ray.kill(task.worker)
@@ -434,7 +436,7 @@ class Dispatcher:
     listener: Listener
     capacity: Callable[[], int] | None = None
     _last_look: float = 0.0
-    _again: list[Question] = field(default_factory=list)
+    _again: list[Request] = field(default_factory=list)
     _exhausted: bool = False
 
     def work(self, first: Job) -> None:
@@ -449,7 +451,7 @@ class Dispatcher:
             if not self.pool.busy and not self._again and self._exhausted:
                 return
             for question, answer in [*self.pool.wait(POLL_S), *self.pool.replace_stalled()]:
-                if isinstance(question, Search):
+                if isinstance(question, CrashSearch):
                     self._searched(question, answer)
                 elif isinstance(question, Job):
                     self._ended(question, answer)
@@ -462,7 +464,7 @@ class Dispatcher:
             self._last_look = time.monotonic()
             self.pool.size = self.capacity()
 
-    def _next(self) -> Question | None:
+    def _next(self) -> Request | None:
         if self._again:
             return self._again.pop()
         job = None if self._exhausted else next(self.jobs, None)
@@ -480,7 +482,7 @@ class Dispatcher:
                     f"unit {index} lost its worker {job.deaths} times, and none of its inputs is to blame alone; look at "
                     "the memory and the logs of its nodes, or try fewer --workers"
                 )
-            self._again.append(Search(job) if job.deaths % DEATHS_BEFORE_INQUIRY == 0 else job)
+            self._again.append(CrashSearch(job) if job.deaths % DEATHS_BEFORE_INQUIRY == 0 else job)
         elif answer.problem:
             job.problems += 1
             if job.problems >= ATTEMPTS:
@@ -489,7 +491,7 @@ class Dispatcher:
         else:
             self.listener.finished(job.unit, answer)
 
-    def _searched(self, search: Search, answer: Any) -> None:
+    def _searched(self, search: CrashSearch, answer: Any) -> None:
         """Goes on with a search; at its end the job is done again without its killers."""
         if isinstance(answer, str) and answer:
             raise UserError(answer)
@@ -512,7 +514,7 @@ def _stall_message(stall: Stall) -> str:
             f"no worker could start for {since}: the cluster has no free CPU or GPU, or its nodes stand still; "
             "`ray status` shows what is used"
         )
-    job = stall.question.job if isinstance(stall.question, Search) else stall.question
+    job = stall.question.job if isinstance(stall.question, CrashSearch) else stall.question
     unit = f"unit {job.unit.index}" if isinstance(job, Job) else "its work"
     return f"a worker has made no progress for {since} with {unit}: look at its disk, network and GPU"
 

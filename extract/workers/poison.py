@@ -6,10 +6,10 @@ from shards.core.errors import UserError
 
 
 @dataclass
-class Inquiry:
+class CrashBisection:
     """A search, one question at a time; whoever holds it asks a worker and reports what became of it.
 
-        inquiry = Inquiry("unit 12")
+        inquiry = CrashBisection("unit 12")
         while (question := inquiry.question) is not None:
             inquiry.answer(survived=..., count=...)
         inquiry.killers

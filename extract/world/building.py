@@ -16,7 +16,7 @@ _DARK, _LIGHT = (0.10, 0.10, 0.12), (0.92, 0.91, 0.88)
 
 
 @dataclass(frozen=True)
-class Part:
+class SolidPart:
     """One body of a shape in units of the shape's size, before it is turned and put somewhere; y = 0 is the floor."""
 
     kind: str
@@ -30,7 +30,7 @@ class Part:
 class Plan:
     """A shape at size 1: its parts, the radius of the floor that it takes, and its height."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SolidPart, ...]
     reach: float
     height: float
 
@@ -42,15 +42,15 @@ def plan(shape: str, rng: np.random.Generator) -> Plan:
     round_crown = bool(rng.random() < 0.5)
     match shape:
         case "sphere":
-            return Plan((Part("sphere", (0, 1, 0), (1, 1, 1)),), 1.0, 2.0)
+            return Plan((SolidPart("sphere", (0, 1, 0), (1, 1, 1)),), 1.0, 2.0)
         case "cube":
-            return Plan((Part("box", (0, 0.9, 0), (0.9, 0.9, 0.9)),), 1.28, 1.8)
+            return Plan((SolidPart("box", (0, 0.9, 0), (0.9, 0.9, 0.9)),), 1.28, 1.8)
         case "cylinder":
-            return Plan((Part("cylinder", (0, tall, 0), (0.8, tall, 0.8)),), 0.8, 2 * tall)
+            return Plan((SolidPart("cylinder", (0, tall, 0), (0.8, tall, 0.8)),), 0.8, 2 * tall)
         case "cone":
-            return Plan((Part("cone", (0, 1.15 * tall, 0), (0.95, 1.15 * tall, 0.95)),), 0.95, 2.3 * tall)
+            return Plan((SolidPart("cone", (0, 1.15 * tall, 0), (0.95, 1.15 * tall, 0.95)),), 0.95, 2.3 * tall)
         case "pyramid":
-            return Plan((Part("pyramid", (0, 0.9 * tall, 0), (1, 0.9 * tall, 1)),), 1.42, 1.8 * tall)
+            return Plan((SolidPart("pyramid", (0, 0.9 * tall, 0), (1, 0.9 * tall, 1)),), 1.42, 1.8 * tall)
         case "table":
             return _table(tall)
         case "chair":
@@ -65,34 +65,40 @@ def plan(shape: str, rng: np.random.Generator) -> Plan:
 def _table(tall: float) -> Plan:
     height = 1.35 * tall
     legs = tuple(
-        Part("box", (x * 1.3, (height - 0.2) / 2, z * 0.8), (0.11, (height - 0.2) / 2, 0.11))
+        SolidPart("box", (x * 1.3, (height - 0.2) / 2, z * 0.8), (0.11, (height - 0.2) / 2, 0.11))
         for x in (-1, 1)
         for z in (-1, 1)
     )
-    return Plan((Part("box", (0, height - 0.1, 0), (1.5, 0.1, 1.0)), *legs), 1.8, height)
+    return Plan((SolidPart("box", (0, height - 0.1, 0), (1.5, 0.1, 1.0)), *legs), 1.8, height)
 
 
 def _chair() -> Plan:
-    legs = tuple(Part("box", (x * 0.52, 0.43, z * 0.52), (0.09, 0.43, 0.09)) for x in (-1, 1) for z in (-1, 1))
-    seat, back = Part("box", (0, 0.94, 0), (0.65, 0.08, 0.65)), Part("box", (0, 1.62, -0.57), (0.65, 0.60, 0.08))
+    legs = tuple(SolidPart("box", (x * 0.52, 0.43, z * 0.52), (0.09, 0.43, 0.09)) for x in (-1, 1) for z in (-1, 1))
+    seat, back = (
+        SolidPart("box", (0, 0.94, 0), (0.65, 0.08, 0.65)),
+        SolidPart("box", (0, 1.62, -0.57), (0.65, 0.60, 0.08)),
+    )
     return Plan((seat, back, *legs), 0.92, 2.22)
 
 
 def _house(roof: Colour) -> Plan:
-    windows = tuple(Part("box", (x, 0.85, 0.8), (0.2, 0.22, 0.03), _GLASS) for x in (-0.62, 0.62))
-    sides = tuple(Part("box", (x, 0.85, 0), (0.03, 0.22, 0.25), _GLASS) for x in (-1.0, 1.0))
-    door = Part("box", (0, 0.48, 0.8), (0.22, 0.48, 0.04), _DOOR)
-    chimney = Part("box", (0.55, 2.15, -0.35), (0.14, 0.42, 0.14), roof)
-    body, top = Part("box", (0, 0.75, 0), (1.0, 0.75, 0.8)), Part("wedge", (0, 1.95, 0), (1.12, 0.45, 0.98), roof)
+    windows = tuple(SolidPart("box", (x, 0.85, 0.8), (0.2, 0.22, 0.03), _GLASS) for x in (-0.62, 0.62))
+    sides = tuple(SolidPart("box", (x, 0.85, 0), (0.03, 0.22, 0.25), _GLASS) for x in (-1.0, 1.0))
+    door = SolidPart("box", (0, 0.48, 0.8), (0.22, 0.48, 0.04), _DOOR)
+    chimney = SolidPart("box", (0.55, 2.15, -0.35), (0.14, 0.42, 0.14), roof)
+    body, top = (
+        SolidPart("box", (0, 0.75, 0), (1.0, 0.75, 0.8)),
+        SolidPart("wedge", (0, 1.95, 0), (1.12, 0.45, 0.98), roof),
+    )
     return Plan((body, top, door, chimney, *windows, *sides), 1.5, 2.5)
 
 
 def _tree(round_crown: bool) -> Plan:
-    trunk = Part("cylinder", (0, 0.4, 0), (0.16, 0.42, 0.16), _BARK)
+    trunk = SolidPart("cylinder", (0, 0.4, 0), (0.16, 0.42, 0.16), _BARK)
     if round_crown:
-        return Plan((trunk, Part("sphere", (0, 1.65, 0), (0.95, 0.95, 0.95))), 0.95, 2.6)
+        return Plan((trunk, SolidPart("sphere", (0, 1.65, 0), (0.95, 0.95, 0.95))), 0.95, 2.6)
     tiers = ((1.15, 0.55, 0.95), (1.75, 0.50, 0.74), (2.3, 0.45, 0.52))
-    return Plan((trunk, *(Part("cone", (0, y, 0), (r, h, r)) for y, h, r in tiers)), 0.95, 2.75)
+    return Plan((trunk, *(SolidPart("cone", (0, y, 0), (r, h, r)) for y, h, r in tiers)), 0.95, 2.75)
 
 
 def build(

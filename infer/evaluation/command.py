@@ -16,7 +16,7 @@ from rich.progress import (
 
 from infer.evaluation.hub_metrics import ClipJudge, Judge
 from infer.evaluation.image_reward import ImageRewardJudge
-from infer.evaluation.report import Row
+from infer.evaluation.report import MethodRow
 from infer.evaluation.run import Evaluation, Outcome
 
 
@@ -72,7 +72,7 @@ def summary(outcome: Outcome, evaluation: Evaluation, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Row, measure: str) -> str:
+def _line(row: MethodRow, measure: str) -> str:
     value = row.values[measure]
     text = f"  {row.name:<40} {measure} {value.value:.3f} ({value.low:.3f} .. {value.high:.3f})"
     if change := row.against_base.get(measure):

@@ -90,7 +90,7 @@ def _method(name: str) -> Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class EvaluationOptions:
     """How images are drawn. seeds: images of every prompt, `seed` that of the first (APART says those of the others); maps
     are kept for the first `map_seeds`."""
 
@@ -148,10 +148,10 @@ class Block:
         return [self.seed + APART * number for number in self.numbers]
 
 
-class Studio:
+class EvaluationSampler:
     """Plans the blocks and draws those that are missing; loads the models with the first one that is."""
 
-    def __init__(self, drawing: Drawing, folder: Folder) -> None:
+    def __init__(self, drawing: EvaluationOptions, folder: Folder) -> None:
         """Raises UserError when the base or the run is not there."""
         self.drawing, self.folder = drawing, folder
         self._manifest = load_manifest(resolve(drawing.run, "run"))

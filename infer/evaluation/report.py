@@ -39,7 +39,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method: values and differences from the base, by measure. images: how many."""
 
     name: str
@@ -64,7 +64,7 @@ def join(name: str, blocks: Sequence[tuple[range, Arrays]]) -> Scored:
 
 def rows_of(
     methods: Sequence[Scored], prompts: int, reference: np.ndarray | None, measures: Sequence[Measure]
-) -> list[Row]:
+) -> list[MethodRow]:
     """A row for each method. reference: features (N, F) of real renderings, or None. Differences are from the base's row."""
     drawn, few = draws(prompts, RESAMPLES), draws(prompts, SET_RESAMPLES)
     base = next((one for one in methods if one.name == BASE), None)
@@ -89,7 +89,7 @@ def rows_of(
         if base is not None and one is not base and CLIP in one.scores and CLIP in base.scores:
             among = kernels(one.scores[CLIP], base.scores[CLIP])
             values["cmmd_clip"] = of_sets(among.cmmd, one.prompt, few)
-        rows.append(Row(one.name, len(one.prompt), values, against))
+        rows.append(MethodRow(one.name, len(one.prompt), values, against))
     return rows
 
 
@@ -114,7 +114,9 @@ GROUPS: Mapping[str, Sequence[Measure]] = {
 }
 
 
-def markdown(title: str, rows: Sequence[Row], groups: Mapping[str, Sequence[Measure]], notes: Sequence[str]) -> str:
+def markdown(
+    title: str, rows: Sequence[MethodRow], groups: Mapping[str, Sequence[Measure]], notes: Sequence[str]
+) -> str:
     """The tables: one of values and one of differences for each group that has any."""
     parts = [f"# {title}", *notes]
     for heading, measures in groups.items():
@@ -157,7 +159,7 @@ def _change(measure: Measure, estimate: Estimate) -> str:
     return f"**{text}**" if estimate.low > 0 or estimate.high < 0 else text
 
 
-def as_json(title: str, rows: Sequence[Row], about: Mapping[str, Any]) -> bytes:
+def as_json(title: str, rows: Sequence[MethodRow], about: Mapping[str, Any]) -> bytes:
     """The same as numbers. Values that are not finite become null."""
 
     def plain(estimate: Estimate) -> dict[str, float | None]:

@@ -17,9 +17,9 @@ from infer.evaluation.generate import (
     BASE,
     Arrays,
     Block,
-    Drawing,
+    EvaluationOptions,
+    EvaluationSampler,
     Method,
-    Studio,
     arrays_of,
     chunks,
     maps_of,
@@ -28,7 +28,7 @@ from infer.evaluation.generate import (
     write_arrays,
 )
 from infer.evaluation.hub_metrics import Judge
-from infer.evaluation.report import CMMD_CLIP, GROUPS, Row, Scored, as_json, join, markdown, rows_of
+from infer.evaluation.report import CMMD_CLIP, GROUPS, MethodRow, Scored, as_json, join, markdown, rows_of
 from infer.evaluation.scores import AGREE, LAYOUT, PLAUSIBLE, Measure, Scorer
 from infer.evaluation.sets import UNSEEN, PromptSet
 from infer.evaluation.sheet import grid
@@ -49,7 +49,7 @@ class Evaluation:
     """What is asked. reference: how many renderings the fidelity is measured against. detector: its folder, or None
     for the shipped one."""
 
-    drawing: Drawing
+    drawing: EvaluationOptions
     methods: tuple[Method, ...]
     prompts: PromptSet
     estimators: str = "demo"
@@ -77,7 +77,7 @@ class Progress(Protocol):
 class Outcome:
     """The rows of the table, its files, and how many images were made now."""
 
-    rows: list[Row]
+    rows: list[MethodRow]
     made: int
     files: list[str]
 
@@ -89,7 +89,7 @@ def evaluate(evaluation: Evaluation, out: str, judges: Sequence[Judge], progress
         folder.make(name)
     drawing, prompts = evaluation.drawing, evaluation.prompts
     detector = Detector.load(evaluation.detector or SHIPPED) if evaluation.of_demo_world else None
-    studio = Studio(drawing, folder)
+    studio = EvaluationSampler(drawing, folder)
     blocks = studio.blocks(evaluation.methods, prompts)
     made = 0
 

@@ -49,29 +49,40 @@ def joint_attention(
     """
     if backend not in ("merge", "bias"):
         raise UserError(f"joint attention has no backend {backend!r}: use 'merge' or 'bias'.")
-    if isinstance(weight, (int, float)) and not 0 <= weight < math.inf:
-        raise UserError(f"the weight of joint attention is {weight}: it must be a finite number, 0 or more.")
-    plain = isinstance(weight, (int, float)) and weight in (0, 1)
     differentiates = torch.is_grad_enabled() and any(
         t.requires_grad for t in (q, k, v, weight) if isinstance(t, Tensor)
     )
-    if differentiates and backend == "merge" and not plain:
-        raise UserError(
-            f"joint attention with weight {weight} by backend 'merge' has no gradient: use weight 1, or backend 'bias'."
-        )
 
-    if isinstance(weight, (int, float)) and weight == 0:
-        zero = torch.zeros(q.shape[0], *q.shape[2:4], dtype=torch.float32, device=q.device) if share else None
-        return together(attend(q[:, 0], k[:, 0], v[:, 0]), attend(joined(q[:, 1:]), joined(k), joined(v))), zero
-    if isinstance(weight, (int, float)) and weight == 1 and not (share and not differentiates):
-        out = attend(joined(q), joined(k), joined(v)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
-        return out, attention_share(q, k, weight) if share else None
+    # The plain calls, for a weight that is known to be 0 or 1
+    if not isinstance(weight, Tensor):
+        if not 0 <= weight < math.inf:
+            raise UserError(f"the weight of joint attention is {weight}: it must be a finite number, 0 or more.")
+        if weight == 0:
+            return apart(q, k, v), q.new_zeros(q.shape[0], *q.shape[2:4], dtype=torch.float32) if share else None
+        if weight == 1 and (differentiates or not share):
+            return concatenated(q, k, v), attention_share(q, k, weight) if share else None
+
+    # The image by eq. 4, the intrinsics by eq. 1
     if backend == "bias":
         image = attend(q[:, 0], joined(k), joined(v), row_bias(q, weight))
         g = attention_share(q, k, weight) if share else None
+    elif differentiates:
+        raise UserError(
+            f"joint attention with weight {weight} by backend 'merge' has no gradient: use weight 1, or backend 'bias'."
+        )
     else:
         image, g = merged(q, k, v, weight)
     return together(image, attend(joined(q[:, 1:]), joined(k), joined(v))), g if share else None
+
+
+def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """w = 0: the image attends to itself, as in the base. q, k, v and the result: (P, S, H, N, D)."""
+    return together(attend(q[:, 0], k[:, 0], v[:, 0]), attend(joined(q[:, 1:]), joined(k), joined(v)))
+
+
+def concatenated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """w = 1 (eq. 1): every stream attends to the tokens of all. q, k, v and the result: (P, S, H, N, D)."""
+    return attend(joined(q), joined(k), joined(v)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -26,16 +26,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from infer.model.context import ContextSlot, ForwardContext, LayerContext, Record, ReplayInContext
 from infer.model.exclusive import Exclusive
 from infer.model.lora import TARGETS, LoraWeights, StreamLinear, adapter_layers, confine, release
-from infer.model.processor import Holder, JointProcessor, Part, Recall, Record, Step, self_attention_layers
+from infer.model.processor import JointProcessor, self_attention_layers
 from infer.model.schedules import Joint, Schedule
 from infer.model.stages import StageMap, stage_map_of
 from shards.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Share:
+class AttentionShare:
     """How much of its attention the image paid to the intrinsics in one layer at one step."""
 
     timestep: float | tuple[float, ...]  # one, or one per pair (G * B)
@@ -92,12 +93,12 @@ class JointDenoiser:
     """
 
     def __init__(self, network: nn.Module, stages: StageMap, processors: dict[str, JointProcessor], streams: int):
-        self.network, self.stages, self.processors, self.holder = network, stages, processors, Holder()
+        self.network, self.stages, self.processors, self.slot = network, stages, processors, ContextSlot()
         self.streams = streams
         self.schedule: Schedule = Joint()
         self.images: int | None = None
         self.record: Record | None = None
-        self.shares: list[Share] = []
+        self.shares: list[AttentionShare] = []
         self.busy = Exclusive()
         self._originals: dict[str, Any] = {}
         self._stock_forward: Callable[..., Any] = network.forward
@@ -201,7 +202,7 @@ class JointDenoiser:
             release(layer)
         for module in self.network.modules():
             recall = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(recall, Recall):
+            if isinstance(recall, ReplayInContext):
                 module._gradient_checkpointing_func = recall.original  # type: ignore[assignment]
         for parameter, before in self._frozen:
             parameter.requires_grad_(before)
@@ -312,21 +313,21 @@ class JointDenoiser:
     @torch.compiler.disable(recursive=False)
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped forward: all streams, or the image's rows alone."""
-        step, timestep, args, kwargs = self._plan(args, kwargs)
-        forward = self._chosen_forward(step, args, kwargs)
-        with step, EachBatchAlone():
+        context, timestep, args, kwargs = self._plan(args, kwargs)
+        forward = self._chosen_forward(context, args, kwargs)
+        with context, EachBatchAlone():
             output = forward(*args, **kwargs)
-        if step.streams == 1:
-            return _all_rows(output, self.streams, step.images)
-        return self._keep_shares(step, timestep, output)
+        if context.streams == 1:
+            return _all_rows(output, self.streams, context.images)
+        return self._keep_shares(context, timestep, output)
 
     @torch.compiler.disable
-    def _chosen_forward(self, step: Step, args: Any, kwargs: Any) -> Callable[..., Any]:
+    def _chosen_forward(self, context: ForwardContext, args: Any, kwargs: Any) -> Callable[..., Any]:
         """The compiled form, for as many kinds of batches as BATCHES; for further ones the stock forward, with a note."""
         if self._compiled is None:
             return self._forward
         shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        batch = (step.guidance, step.streams, step.images, shapes)
+        batch = (context.guidance, context.streams, context.images, shapes)
         if batch in self._batches or len(self._batches) < BATCHES:
             self._batches.add(batch)
             return self._forward
@@ -340,7 +341,7 @@ class JointDenoiser:
         return self._stock_forward
 
     @torch.compiler.disable
-    def _plan(self, args: Any, kwargs: Any) -> tuple[Step, float | tuple[float, ...], Any, Any]:
+    def _plan(self, args: Any, kwargs: Any) -> tuple[ForwardContext, float | tuple[float, ...], Any, Any]:
         """Check that all is in place, look up w(l, t), and choose the rows to run."""
         self.busy.check()
         self.check()
@@ -361,13 +362,13 @@ class JointDenoiser:
         timestep = times[0] if len(times) == 1 else tuple(times)
         if self._image_only(times, weights):
             return (
-                self._step(rows, 1, [0] * self.stages.stages),
+                self._context(rows, 1, [0] * self.stages.stages),
                 timestep,
                 *_image_rows((args, kwargs), rows, self.streams, self.images),
             )
         if torch.is_grad_enabled():
             self._remember_in_checkpoints()
-        return self._step(rows, self.streams, _stage_weights(weights, sample.device)), timestep, args, kwargs
+        return self._context(rows, self.streams, _stage_weights(weights, sample.device)), timestep, args, kwargs
 
     def _times(self, timestep: Any, rows: int) -> list[float]:
         """The batch's timestep; where the rows differ, one for each pair (G * B), that of its unknown streams."""
@@ -387,14 +388,14 @@ class JointDenoiser:
         values = times.tolist()
         return values[:1] if len(set(values)) == 1 else values
 
-    def _step(self, rows: int, streams: int, weights: Sequence[float | Tensor]) -> Step:
+    def _context(self, rows: int, streams: int, weights: Sequence[float | Tensor]) -> ForwardContext:
         """weights: by stage - 1."""
         assert self.images is not None
-        parts = [
-            (processor, Part(self.images, streams, weights[processor.stage - 1], self.record))
+        layers = [
+            (processor, LayerContext(self.images, streams, weights[processor.stage - 1], self.record))
             for processor in self.processors.values()
         ]
-        return Step(self.holder, rows // (self.streams * self.images), streams, self.images, parts)
+        return ForwardContext(self.slot, rows // (self.streams * self.images), streams, self.images, layers)
 
     def _image_only(self, times: list[float], weights: list[tuple[float, ...]]) -> bool:
         if self._last_active is None:
@@ -408,19 +409,19 @@ class JointDenoiser:
         return over
 
     @torch.compiler.disable
-    def _keep_shares(self, step: Step, timestep: float | tuple[float, ...], output: Any) -> Any:
-        for processor, part in step.parts:
-            if part.share is not None:
-                value = part.share.detach().unflatten(0, (-1, step.images)).clone()
-                self.shares.append(Share(timestep, processor.layer, processor.stage, value))
+    def _keep_shares(self, context: ForwardContext, timestep: float | tuple[float, ...], output: Any) -> Any:
+        for processor, layer in context.layers:
+            if layer.share is not None:
+                value = layer.share.detach().unflatten(0, (-1, context.images)).clone()
+                self.shares.append(AttentionShare(timestep, processor.layer, processor.stage, value))
         return output
 
     def _remember_in_checkpoints(self) -> None:
-        """Activation checkpoints run blocks again in backward: make them do so with the step of their forward."""
+        """Activation checkpoints run blocks again in backward: make them do so in the context of their forward."""
         for module in self.network.modules():
             function: Any = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(module, "gradient_checkpointing", False) and not isinstance(function, Recall):
-                module._gradient_checkpointing_func = Recall(function, self.holder)  # type: ignore[assignment]
+            if getattr(module, "gradient_checkpointing", False) and not isinstance(function, ReplayInContext):
+                module._gradient_checkpointing_func = ReplayInContext(function, self.slot)  # type: ignore[assignment]
 
     def _confine(self) -> None:
         """Other people's adapters: on the image's rows only."""
@@ -431,7 +432,7 @@ class JointDenoiser:
                 raise UserError(
                     f"a LoRA is fused into {name}, where it acts on the intrinsics too: call unfuse_lora() first."
                 )
-            confine(layer, self.holder.layout)
+            confine(layer, self.slot.layout)
 
 
 def _adapters(

@@ -92,11 +92,11 @@ def _on_sheet(pixels: np.ndarray, size_px: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BICUBIC)
 
 
-Row = tuple[np.ndarray, Mapping[str, IntrinsicMap], str]
+SheetRow = tuple[np.ndarray, Mapping[str, IntrinsicMap], str]
 """An image, uint8 RGB (H, W, 3); its maps by name; its caption."""
 
 
-def sheet(rows: Sequence[Row], size_px: int = 256) -> Image.Image:
+def sheet(rows: Sequence[SheetRow], size_px: int = 256) -> Image.Image:
     """Rows of image and maps side by side, each with its caption, under the names of the columns.
 
     rows: may differ in size and in the maps that they have; a column is there if any row has it. size_px: the longer side

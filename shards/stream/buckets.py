@@ -80,7 +80,7 @@ def merged(shapes: Sequence[Shape], sizes: Sequence[int], chunk: int) -> list[in
 
 
 @dataclass(frozen=True)
-class Share:
+class BucketShare:
     """Where a position of the whole leads: a bucket, and the position in the bucket's own endless stream."""
 
     bucket: int
@@ -112,7 +112,7 @@ class BucketOrder:
     def __reduce__(self) -> tuple[Any, ...]:  # a copy in another process begins with an empty cache
         return partial(BucketOrder, chunk=self.chunk, seed=self.seed, shuffle=self.shuffle), (self.sizes,)
 
-    def place(self, position: int) -> Share:
+    def place(self, position: int) -> BucketShare:
         """The bucket of a position and the place in it; constant time but for the first visit of an epoch."""
         chunk, offset = divmod(position, self.chunk)
         epoch = position // self.size  # of whole chunks there are a few less: the epoch is this one or a later one
@@ -122,7 +122,7 @@ class BucketOrder:
         index = chunk - self._first(epoch)
         bucket = int(buckets[index])
         own = self._before(bucket, epoch) + int(ranks[index])
-        return Share(bucket, own * self.chunk + offset)
+        return BucketShare(bucket, own * self.chunk + offset)
 
     def _before(self, bucket: int, epoch: int) -> int:
         """The whole chunks of a bucket in all epochs before this one."""

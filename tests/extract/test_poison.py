@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.workers.poison import Inquiry
+from extract.workers.poison import CrashBisection
 from shards.core.errors import UserError
 
 
 def search(count: int, killers: set[int], accidents: list[bool] | None = None) -> tuple[list[int], int]:
     """Answers an inquiry as workers would; `accidents` says at which questions a worker dies without a reason."""
-    inquiry, deaths, chance = Inquiry("unit 0"), 0, iter(accidents or ())
+    inquiry, deaths, chance = CrashBisection("unit 0"), 0, iter(accidents or ())
     while (question := inquiry.question) is not None:
         start, stop = question
         died = any(start <= position < stop for position in killers) or next(chance, False)
@@ -35,7 +35,7 @@ def test_a_worker_that_dies_by_chance_blames_nobody(count: int, killers: set[int
 
 
 def test_a_unit_that_cannot_even_be_read_stops_the_run_with_a_sentence() -> None:
-    inquiry = Inquiry("unit 7")
+    inquiry = CrashBisection("unit 7")
     with pytest.raises(UserError, match="unit 7: a worker dies as soon as it reads these inputs"):
         for _ in range(3):
             assert inquiry.question == (0, 0)

@@ -12,7 +12,7 @@ import pytest
 
 from extract.config import ExtractConfig, RunConfig, load_extract_config, merge, parse_setting
 from extract.estimators import Estimator, null
-from extract.estimators.table import Row, Task
+from extract.estimators.table import EstimatorRow, Task
 from extract.images.prepare import ImageRules
 from extract.run.plan import make_plan
 from extract.run.run import Summary, run
@@ -88,7 +88,7 @@ def extract(cluster: None, tmp_path: Path) -> Extract:
         rules = ImageRules(format="png", size_px=None)
         config = ExtractConfig(name="greys", out=str(out), source={}, image=rules, run=RunConfig(**settings))
         # the settings of the row go into its fingerprint: the notes' place must be the same in every test's folder
-        row = Row(
+        row = EstimatorRow(
             name="moody",
             yields=tuple(INTRINSICS),
             what="dies of some shades",

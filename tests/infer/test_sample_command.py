@@ -180,7 +180,7 @@ def painters() -> list[int]:
     for entry in Path("/proc").iterdir():
         try:
             parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if (entry / "cmdline").read_bytes().startswith(b"ray::Painter"):
+            if (entry / "cmdline").read_bytes().startswith(b"ray::SamplerWorker"):
                 named.append(int(entry.name))
         except (ValueError, OSError):
             continue

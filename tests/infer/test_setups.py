@@ -352,7 +352,7 @@ def test_keys_without_files_stay_what_they_were():
 
 
 def test_an_evaluations_files_change_with_the_content_of_bases_tables_and_judges(tmp_path):
-    from infer.evaluation.generate import Drawing, Studio, parse_methods
+    from infer.evaluation.generate import EvaluationOptions, EvaluationSampler, parse_methods
     from infer.evaluation.hub_metrics import ClipJudge
     from infer.evaluation.sets import prompt_set
     from shards.core.storage import Folder
@@ -362,10 +362,10 @@ def test_an_evaluations_files_change_with_the_content_of_bases_tables_and_judges
     prompts.write_text("a\nb\n")
     header = "timestep," + ",".join(str(stage) for stage in range(1, 10))
     table.write_text(f"{header}\n500" + ",1" * 9 + "\n")
-    drawing = Drawing(base=str(base), run=models("sd15")[1])
+    drawing = EvaluationOptions(base=str(base), run=models("sd15")[1])
 
     def files() -> list[str]:
-        studio = Studio(drawing, Folder(str(tmp_path)))
+        studio = EvaluationSampler(drawing, Folder(str(tmp_path)))
         return [block.file for block in studio.blocks(parse_methods(f"base,{table}"), prompt_set("file", 2, prompts))]
 
     def judge() -> str:

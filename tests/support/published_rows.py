@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extract.estimators.table import ROWS, Row
+from extract.estimators.table import ROWS, EstimatorRow
 from tests.support.random_sam import edgetam_small, sam2_small, sam_small
 from tests.support.seeded import METRIC3D_GAINS, MOGE_FOCAL, MOGE_GAINS, like_a_camera, read_fixture, unfold_names
 from tests.support.tiny_estimators import ROWS as TINY
@@ -35,7 +35,7 @@ MASKS = {"points_per_side": 4, "quality": -10.0, "stability": 0.3, "nms": 1.0}
 Writer = Callable[[Path], None]
 
 
-def published_row(name: str, folder: Path) -> Row:
+def published_row(name: str, folder: Path) -> EstimatorRow:
     """The row with a checkpoint of its own in `folder`, and settings for its size."""
     if name in WITHOUT:
         return ROWS[name]

@@ -123,7 +123,7 @@ class Summary:
 
 
 @dataclass
-class _Tally:
+class _RunCounts:
     """Listens to the work."""
 
     reporter: Reporter
@@ -158,7 +158,7 @@ def make_caches(config: CacheConfig) -> Summary:
         first = next(jobs, None)
         if first is not None:  # Ray is not even started where nothing is to be done
             with _pool(config, specs) as (pool, capacity):
-                cluster.Dispatcher(pool, jobs, _Tally(reporter, summary), capacity).work(first)
+                cluster.Dispatcher(pool, jobs, _RunCounts(reporter, summary), capacity).work(first)
     totals = add_counts(Dataset(out, info).marks())
     write_info(out, info | {"totals": totals})
     out.sweep()
@@ -204,7 +204,7 @@ def _pool(config: CacheConfig, specs: Mapping[str, Spec]) -> Iterator[tuple[clus
         workers=config.workers, device=config.device, gpus_per_worker=config.gpus_per_worker, address=config.address
     )
     with cluster.connected(config.address, config.workers or cores()):
-        staff = cluster.plan_staff(wishes)
+        staff = cluster.plan_workers(wishes)
         setup = CacheSetup(config=config, specs=specs, device=staff.device)
         grows = config.address != "local" and not config.workers
         capacity = partial(cluster.cluster_size, 1, staff.gpus_per_worker) if grows else None

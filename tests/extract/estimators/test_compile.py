@@ -11,7 +11,7 @@ import torch
 from extract.estimators import Estimator
 from extract.estimators.batching import NetworkEstimator, uploaded
 from extract.estimators.compiled import compile_networks
-from extract.estimators.table import ROWS, Row, load
+from extract.estimators.table import ROWS, EstimatorRow, load
 from shards.core.errors import UsageError, UserError
 from tests.support.random_sam import sam2_small
 from tests.support.seeded import seeded_picture
@@ -31,7 +31,7 @@ class Graphs:
         return graph.forward
 
 
-def row_of(name: str, folder: Path) -> Row:
+def row_of(name: str, folder: Path) -> EstimatorRow:
     torch.manual_seed(1)
     write, settings = TINY[name]
     write(folder)
