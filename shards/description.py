@@ -46,9 +46,14 @@ def replace_info(folder: Folder, info: Mapping[str, Any], replaces: str) -> bool
     """Writes dataset.json in the place of the one with the checksum `replaces`; False if that is not there any more."""
     token = uuid.uuid4().hex
     name = f"{WRITING}/{_NAME}.{token}.json"
-    folder.make(WRITING)
-    folder.write(name, _sealed(info))
-    won = _commit(folder).attempt(token, replaces)
+    try:
+        folder.make(WRITING)
+        folder.write(name, _sealed(info))
+        won = _commit(folder).attempt(token, replaces)
+    except UserError:
+        if folder.exists(name):
+            raise
+        return False  # a run that ended meanwhile swept the folder of files that are being written
     if not won:
         folder.remove(name)
     return won

@@ -31,6 +31,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from skimage.io import imsave
 
     imsave(folder / "path" / "to" / "images" / "cat.png", data.chelsea())
+    (folder / "path" / "to" / "images" / "cat.txt").write_text("a cat looks at the camera")
     return folder
 
 

@@ -378,6 +378,7 @@ class _Workers:
             self.folder
         )  # no others need be looked for, which would cost an object store several requests each
         ids = {name: row["id"] for name, row in self.info["estimators"].items()}
+        lacking = sorted(ids.keys() - {name for task in self.tasks for name in task.intrinsics})
         for unit in units:
             made = made_of(unit, ids, self.config.image)
             if unit.index < len(begun) and begun[unit.index]:
@@ -390,7 +391,19 @@ class _Workers:
                     if is_current(mark["made"], made):
                         self.tally.count(unit.index, mark["counts"], uncaptioned(mark), again=True)
                         continue
+                elif lacking:
+                    self._refuse(unit, lacking)
+            elif lacking:
+                self._refuse(unit, lacking)
             yield Job(unit, made)
+
+    def _refuse(self, unit: Unit, lacking: Sequence[str]) -> None:
+        """Raises UserError: the samples of a shard that is new would lack maps that the others have."""
+        raise UserError(
+            f"{self.folder} was begun with other settings: its samples have {', '.join(lacking)}, which this run does not "
+            f"make, and shard {shard_name(unit.index)} is not made yet. Finish it with the estimators that it was begun with, "
+            "or choose another --out"
+        )
 
     def _start(self) -> "tuple[cluster.Pool, Callable[[], int] | None]":
         """Ray, its workers, and how many of them there is room for (None: that does not change)."""

@@ -108,6 +108,7 @@ def test_an_image_replaced_in_a_folder_has_its_shard_made_again_and_another_fold
     images.mkdir()
     for number in range(4):
         (images / f"{number}.jpg").write_bytes(PHOTOS[number])
+    (images / "1.txt").write_text("another caption")
     extract(images, out)
     (images / "3.jpg").write_bytes(PHOTOS[5])
     (images / "0.txt").write_text("a caption")
@@ -251,7 +252,7 @@ def test_two_runs_at_once_never_mix(tmp_path: Path, differs: str) -> None:
     result = trial(tmp_path / "out", differs, offset_s=0.0)
     assert result.faults == ()
     refused = [message for message in result.messages if message]
-    assert all("another run" in message or "other settings" in message for message in refused)
+    assert all("another run" in message or "other settings" in message for message in refused), refused
     if differs in ("size", "format", "shard size"):
         assert len(refused) == 1
 
@@ -289,7 +290,7 @@ def test_a_description_is_replaced_only_by_who_read_it(tmp_path: Path, place: st
 def test_a_run_whose_dataset_is_described_anew_commits_nothing_more(tmp_path: Path) -> None:
     out, seen = tmp_path / "out", []
 
-    finished = module._Tally.finished
+    finished = module._RunCounts.finished
 
     def taken_over(tally: Any, unit: Unit, outcome: Any) -> None:
         finished(tally, unit, outcome)
@@ -298,7 +299,16 @@ def test_a_run_whose_dataset_is_described_anew_commits_nothing_more(tmp_path: Pa
         write_info(Folder(out), {**info, "config": info["config"] | {"limit": 99}})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Tally, "finished", taken_over)
+        patch.setattr(module._RunCounts, "finished", taken_over)
         with pytest.raises(UserError, match="changed by another run"):
             extract("demo", out, run={"limit": 8}, source={"size_px": 64})
     assert seen == [0] and list(out.glob("000001.*")) == []
+
+
+def test_new_shards_that_would_lack_the_maps_of_the_others_are_refused_by_name(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"image": {"size_px": 48}, "source": {"size_px": 64}}
+    extract("demo", tmp_path, run={"limit": 2, "estimators": "null"}, **settings)
+    with pytest.raises(UserError, match=r"samples have depth, .*shard 000001 is not made yet"):
+        extract("demo", tmp_path, run={"limit": 4, "estimators": "none"}, **settings)
+    extract("demo", tmp_path, run={"limit": 4, "estimators": "null"}, **settings)
+    assert len(keys(tmp_path)) == 4 and verify(str(tmp_path)).problems == []

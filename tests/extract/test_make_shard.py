@@ -84,7 +84,7 @@ def test_every_input_is_a_sample_or_a_failure_in_the_order_of_the_inputs(tmp_pat
         ("k05", "estimate", "estimator_failed"),
         ("k06", "encode", "duplicate_key"),
         ("bad key", "encode", "cannot_encode"),
-        ("k09", "encode", "cannot_encode"),
+        ("k09", "read", "bad_metadata"),
     ]
     assert [sample.key for sample in dataset.samples("000000")] == ["k00", "k01", "k04", "k06", "k10", "k11"]
     assert mark["counts"]["in"] == 12 == progress.done and mark["counts"]["ok"] == 6 and progress.failed == 6

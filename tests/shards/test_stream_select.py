@@ -50,7 +50,18 @@ def make(url: str | Path, shards: int = 5, each: int = 12) -> str:
                 writer.add(f"k{i:03d}", {"png": encode_png(pixels), "txt": b"", "json": encode_meta(meta)})
             writer.commit({})
     totals = add_counts(Dataset(folder, {}).marks())
-    write_info(folder, {"members": members, "image": "png", "totals": totals})
+    write_info(
+        folder,
+        {
+            "config": {},
+            "shards": len(totals["shards"]),
+            "members": members,
+            "image": "png",
+            "estimators": {},
+            "depth_kind": "",
+            "totals": totals,
+        },
+    )
     return folder.url
 
 
