@@ -106,7 +106,11 @@ class Table:
         self.passed_over = [
             column for column in likely_fields(self.columns) if column not in (self.caption_column, self.file_column)
         ]
-        self.root = self._root([str(row.get(self.file_column) or "") for row in head])
+        paths = [str(row.get(self.file_column) or "") for row in head]
+        self._has_backslashes = any("\\" in path for path in paths) and not any(
+            "\\" in path and folder.exists(path) for path in paths[:_TRIED_ROWS]
+        )
+        self.root = self._root([self._slashed(path) for path in paths])
 
     def _encoding(self, named: str | None) -> str:
         if not self.name.lower().endswith((".csv", ".tsv", ".txt")):
@@ -195,11 +199,17 @@ class Table:
                     yield CaptionRow(place, self._relative(value.strip()), record)
 
     def _relative(self, path: str) -> str:
-        """A path as a table has it, relative to the folder: `./a.jpg` and the folder's own absolute path are understood."""
+        """A path as a table has it, relative to the folder: `./a.jpg`, `x\\a.jpg` and the folder's own absolute path are
+        understood."""
+        path = self._slashed(path)
         inside = path.removeprefix(self.folder.path.rstrip("/") + "/")
         if inside != path or path.startswith("/"):
             return posixpath.normpath(inside)
         return posixpath.normpath(self.root + path)
+
+    def _slashed(self, path: str) -> str:
+        """A path with slashes, where the table was written under Windows."""
+        return path.replace("\\", "/") if self._has_backslashes else path
 
     def _inside_root(self, path: str) -> str:
         """A path that a root may be put before; "" for others."""

@@ -23,7 +23,7 @@ from extract.images.prepare import MAX_BYTES
 from extract.sources import Failure, InputFile, RawSample, Unit
 from extract.sources.caption_names import CAPTION_SUFFIXES
 from extract.sources.caption_reader import Caption, caption_in, caption_of_bytes, caption_of_value, entry_of
-from extract.sources.caption_report import CaptionReport, Glance, report_of
+from extract.sources.caption_report import LOOKED_AT, CaptionReport, Glance, report_of
 from extract.sources.captions import MAX_METADATA_BYTES, NAMED_SUFFIXES, TABLE_SUFFIXES, Table, json_object
 from extract.sources.files import (
     IMAGE_SUFFIXES,
@@ -295,10 +295,15 @@ class FolderSource:
         if tables:
             rows = ", ".join(table.name for table in tables[:3]) + (", ..." if len(tables) > 3 else "")
         others = iter(()) if tables else (found.others for found in self._walk() if not found.problem)
+        looked_up = 0
         for item in self._items():
             passed = tuple(f"file {suffix}" for suffix in next(others, ())) if not item.problem else ()
             if item.problem:
                 continue
+            if item.row is not None and item.sizes[0] < 0 and looked_up < LOOKED_AT:  # it may name no file: a failure
+                looked_up += 1
+                if _is_outside(_unpack(item.path)) or not folder.exists(show(_unpack(item.path))):
+                    continue
             try:
                 caption = self._caption(folder, item, self._meta(folder, item))
             except ReadProblem:

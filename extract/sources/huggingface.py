@@ -146,7 +146,7 @@ class HuggingFaceSource:
         rows = self._data.select_columns(names) if names and self._data.features else self._data
         rows = rows.with_format("arrow")
         if not names:
-            yield from (Glance("", "") for _ in range(1))
+            yield from (Glance("", "") for _ in range(self.total() or 1))
             return
         for row in rows:
             try:

@@ -512,6 +512,24 @@ def test_a_csv_with_another_separator_is_refused_with_its_first_line(tmp_path: P
         report(opened("folder", place))
 
 
+def test_rows_without_their_image_count_as_no_captions(tmp_path: Path) -> None:
+    place = folder(tmp_path / "files", "sub/a.JPG", "sub/b.jpg")
+    put(place / "captions.csv", f"file_name,caption\nsub/a.jpg,{DOG}\n/elsewhere/sub/b.jpg,a cat\n")
+    with pytest.raises(UsageError, match="all 2 inputs have no caption"):
+        report(opened("folder", place)).check()
+    put(place / "captions.csv", f"file_name,caption\nsub/a.JPG,{DOG}\nsub/c.jpg,a cat\n")
+    assert (report(opened("folder", place)).inputs, report(opened("folder", place)).filled) == (2, 1)
+
+
+def test_paths_of_windows_in_a_table(tmp_path: Path) -> None:
+    place = folder(tmp_path / "files", "sub/a.jpg", "sub/b.jpg")
+    put(place / "captions.csv", f"file_name,caption\nsub\\a.jpg,{DOG}\n.\\sub\\b.jpg,a cat\n")
+    assert captions(opened("folder", place)) == [DOG, "a cat"]
+    odd = folder(tmp_path / "odd", "a\\b.jpg")  # a legal name elsewhere
+    put(odd / "captions.csv", f"file_name,caption\na\\b.jpg,{DOG}\n")
+    assert captions(opened("folder", odd)) == [DOG]
+
+
 def test_quotes_of_a_tsv_are_told(tmp_path: Path) -> None:
     put(tmp_path / "a.tsv", f'url\tcaption\n{urls(1)[0]}\t"a ""big"" dog"\n')
     assert rows(opened("urls", tmp_path / "a.tsv")) == ['"a ""big"" dog"']
