@@ -222,9 +222,10 @@ class _Beside:
     def __init__(self, where: bytes, entries: list[_Entry], suffixes: tuple[str, ...]) -> None:
         self.where = where
         self.sizes = {entry.name: entry.size for entry in entries}
+        self._folders = {entry.name for entry in entries if entry.is_folder}
         self._by_lower: dict[bytes, list[bytes]] = {}
         for entry in entries:
-            if not entry.is_folder and not _is_image(entry.name):
+            if not _is_image(entry.name):
                 self._by_lower.setdefault(entry.name.lower(), []).append(entry.name)
         # Only the suffixes that are there need be looked for.
         packed = [suffix for name in suffixes for suffix in (name, f"{name}.gz")]
@@ -239,23 +240,26 @@ class _Beside:
         return [suffix for suffix in wanted if suffix in tails]
 
     def text(self, image: bytes) -> tuple[bytes, int] | None:
-        """The caption file of an image, with its size: the first that is not empty; else the first."""
-        found = list(self._called(image, self._suffixes))
-        best = next((name for name in found if self.sizes[name] != 0), found[0] if found else None)
-        return self._claim(best)
+        """The caption file of an image, with its size: the first that is not empty; else the first, or a folder of its name."""
+        found = sorted(
+            self._called(image, self._suffixes), key=lambda name: (name in self._folders, not self.sizes[name])
+        )
+        return self._claim(found[0] if found else None)
 
     def json(self, image: bytes) -> tuple[bytes, int] | None:
         return self._claim(next(self._called(image, self._json), None))
 
     def first_text(self) -> bytes | None:
         """The first caption file that is not empty, by its name."""
-        names = [name for same in self._by_lower.values() for name in same if self.sizes[name]]
+        names = [
+            name for same in self._by_lower.values() for name in same if self.sizes[name] and name not in self._folders
+        ]
         ends = tuple(self._suffixes)
         return min((self.where + name for name in names if ends and name.lower().endswith(ends)), default=None)
 
     def others(self, image: bytes, taken: bytes | None) -> tuple[str, ...]:
         """The suffixes of further files that are called like the image and may be captions."""
-        named = list(self._called(image, self._others))
+        named = [name for name in self._called(image, self._others) if name not in self._folders]
         self._claimed.update(named)
         further = [name for name in named if self.where + name != taken and self.sizes[name]]
         stem = split_suffix(image)[0]
@@ -266,7 +270,7 @@ class _Beside:
         for names in self._by_lower.values():
             for name in names:
                 suffix = split_suffix(name)[1].lower()
-                if name in self._claimed:
+                if name in self._claimed or name in self._folders:
                     continue
                 is_called_table = _TABLE_NAMES.fullmatch(name) is not None
                 if suffix in _TABLES or (is_called_table and suffix in _NAMED_TABLES):

@@ -209,7 +209,9 @@ def images() -> dict[str, tuple[bytes, str]]:
         "bomb_scans.jpg": (_many_scans(progressive=True), "too_many_scans"),
         "repeated_scan.jpg": (_many_scans(progressive=False), "corrupt"),  # decoders take one scan of such files
         "wide_20000.png": (png(20_000, 2_001, bits=1, rows=2_001), "too_many_pixels"),
-        "largest_allowed.png": (png(8192, 8192, colour=6, rows=8192), OK),
+        "largest_allowed.png": (png(8192, 8192, colour=2, rows=8192), OK),
+        "largest_with_alpha.png": (png(8192, 8192, colour=6, rows=8192), "blank"),  # black under a mask that hides all
+        "pq.png": (png(64, 64, colour=2, rows=64, extra=png_chunk(b"cICP", bytes([9, 16, 0, 1]))), "hdr"),
         # far too little, or of an odd shape
         "one_pixel.png": (encoded(photo(1, 1), "PNG"), "too_small"),
         "20000x2.png": (encoded(photo(20_000, 2), "PNG"), "too_small"),
