@@ -11,7 +11,6 @@ nothing: many good images end in white or black. So each check asks whether the 
 """
 
 import io
-import re
 import struct
 import zlib
 
@@ -21,8 +20,9 @@ from PIL import Image
 from extract.images import sniff
 from extract.images.jpeg import DamagedImage
 
-_RUN = re.compile(rb"\0{8,}|\xff{8,}")  # in a WebP's image: good ones of flat parts have it, too
-_ZEROS_OF_AVIF = re.compile(rb"\0{48}|\0{8}\Z")  # good ones have up to 20, and none at the end
+_RUNS_OF_WEBP = (bytes(32), b"\xff" * 32)  # good ones of flat parts have them, too, but seldom: each is decoded twice
+_ENDS_OF_WEBP = (bytes(8), b"\xff" * 8)
+_ZEROS_OF_AVIF, _END_OF_AVIF = bytes(48), bytes(8)  # good ones have up to 20, and none at the end
 _WEBP_SPARE_BYTES = 12
 _LEAST_STEP = 4  # levels, from the last pixel to the flat rest, and of the row above to it
 _LEAST_MEAN = 16  # levels, of the part of the row above that the flat rest lies under
@@ -40,11 +40,10 @@ def check_file(data: bytes, kind: str) -> None:
 
 def check_pixels(image: Image.Image, data: bytes, kind: str) -> None:
     """Raises DamagedImage for what the pixels say: `image` as it was decoded, before anything was done to it."""
-    if kind == "png" and _last_row_is_zero(image) and not _png_has_all_rows(data):
+    if kind == "png" and _row_is_zero(image, image.height - 1) and not _png_has_all_rows(data):
         raise DamagedImage("it has fewer rows of pixels than its header says", cut_off=True)
-    if kind == "bmp" and flat_rest(_cells(image)[:: 1 if data[25] & 128 else -1]):  # a negative height: top to bottom
-        raise DamagedImage("its pixels end in zeros, within a row")
-    if kind == "tiff" and image.info.get("compression") == "raw" and flat_rest(_cells(image)):
+    raw = kind == "bmp" or (kind == "tiff" and image.info.get("compression") == "raw")
+    if raw and _ends_in_zeros(image, upwards=kind == "bmp" and data[25] < 128):  # a negative height: top to bottom
         raise DamagedImage("its pixels end in zeros, within a row")
     if kind == "jpeg" and flat_rest(_blocks(image)):
         raise DamagedImage("its last blocks are all alike, from within a row on", cut_off=True)
@@ -55,15 +54,19 @@ def check_pixels(image: Image.Image, data: bytes, kind: str) -> None:
 
 def _avif_is_zeroed(data: bytes) -> bool:
     return any(
-        _ZEROS_OF_AVIF.search(data, start, end) is not None for kind, start, end in sniff.boxes(data) if kind == b"mdat"
+        data.find(_ZEROS_OF_AVIF, start, end) >= 0 or data.endswith(_END_OF_AVIF, start, end)
+        for kind, start, end in sniff.boxes(data)
+        if kind == b"mdat"
     )
 
 
 def _webp_has_spare_bytes(data: bytes) -> bool:
     """Whether a WebP with a suspicious run of equal bytes in its image decodes without the last bytes of it, too."""
     for kind, start, end in sniff.webp_chunks(data):
-        if kind in (b"VP8 ", b"VP8L") and end - start > 2 * _WEBP_SPARE_BYTES and _RUN.search(data, start, end):
-            return _decodes(_webp_with_less(data, start, end))
+        if kind in (b"VP8 ", b"VP8L") and end - start > 2 * _WEBP_SPARE_BYTES:
+            has_run = any(data.find(run, start, end) >= 0 for run in _RUNS_OF_WEBP)
+            suspicious = has_run or data.endswith(_ENDS_OF_WEBP, start, end)
+            return suspicious and _decodes(_webp_with_less(data, start, end))
     return False
 
 
@@ -86,10 +89,9 @@ def _decodes(data: bytes) -> bool:
 # ---- rows of PNG -----------------------------------------------------------------------------------------------------
 
 
-def _last_row_is_zero(image: Image.Image) -> bool:
+def _row_is_zero(image: Image.Image, y: int) -> bool:
     """Pillow leaves what was not there at zero."""
-    last = image.crop((0, image.height - 1, image.width, image.height))
-    return not np.asarray(last).any()
+    return not np.asarray(image.crop((0, y, image.width, y + 1))).any()
 
 
 def _png_has_all_rows(data: bytes) -> bool:
@@ -107,6 +109,13 @@ def _png_has_all_rows(data: bytes) -> bool:
 
 
 # ---- flat rests ------------------------------------------------------------------------------------------------------
+
+
+def _ends_in_zeros(image: Image.Image, upwards: bool) -> bool:
+    """Whether raw pixels, stored row by row (upwards: from the lowest on), end in zeros from within a row on."""
+    if not _row_is_zero(image, 0 if upwards else image.height - 1):  # nearly always, and it costs nothing
+        return False
+    return flat_rest(_cells(image)[:: -1 if upwards else 1])
 
 
 def _cells(image: Image.Image) -> np.ndarray:

@@ -11,17 +11,21 @@ Scans that are not there at all (a progressive file that was cut between two of 
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 from PIL import Image
 
 from extract.images.sniff import SOF_ALL, SOF_PROGRESSIVE
 
-_COLOUR_SPACES = {"L": ("GRAY", "L"), "RGB": ("RGB", "RGB"), "CMYK": ("CMYK", "CMYK;I")}
-"""Pillow's mode: (the library's name, how Pillow calls its bytes); inks of CMYK files are stored inverted."""
+_COLOUR_SPACES = {"L": "GRAY", "RGB": "RGBX", "CMYK": "CMYK"}
+"""Pillow's mode: the library's name for pixels that lie in memory as Pillow's do."""
+_MOST_KEPT_BYTES = 4 * 16_000_000
+_kept = threading.local()
 _LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 _OF_THE_HEADER = re.compile(r"JFIF revision|Adobe color transform|ICC marker")
 _ENDS_EARLY = re.compile(r"premature end", re.IGNORECASE)
@@ -43,6 +47,7 @@ def decode(data: bytes, mode: str, size: tuple[int, int], reduced: bool) -> Imag
     """The image of a JPEG whose header Pillow read as `mode`; None if Pillow has to decode it.
 
     That is so where this decoder does not know the sampling, or stumbles over a header that is harmless.
+    The image is read-only, and lies in memory that the next call in the same thread uses again.
 
     size: what is decoded to; reduced: whether that is 1/2, 1/4 or 1/8 of the file's own. Raises DamagedImage, ValueError.
     """
@@ -56,16 +61,38 @@ def decode(data: bytes, mode: str, size: tuple[int, int], reduced: bool) -> Imag
         _check_scans(data)
         return None
     _check_scans(data)
-    return Image.frombuffer(mode, size, pixels, "raw", _COLOUR_SPACES[mode][1], 0, 1)
+    if mode == "CMYK":  # files hold inks inverted
+        np.invert(pixels, out=pixels)
+    return _image_over(pixels, mode)
+
+
+def _image_over(pixels: np.ndarray, mode: str) -> Image.Image:
+    """A read-only image in the memory of the pixels: a copy would cost a tenth of decoding them."""
+    height, width = pixels.shape[:2]
+    if mode == "RGB":
+        cells = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
+        return Image.fromarrow(cells, mode, (width, height))
+    return Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
 
 
 def _pixels(data: bytes, mode: str, size: tuple[int, int], reduced: bool) -> np.ndarray:
     width, height = size if reduced else (0, 0)
-    space = _COLOUR_SPACES[mode][0]
-    pixels = simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height)
+    space = _COLOUR_SPACES[mode]
+    memory = _memory(size[0] * size[1] * (1 if mode == "L" else 4))
+    pixels = simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height, buffer=memory)
     if pixels.shape[1::-1] != size:
         raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels came where {size[0]} x {size[1]} were due")
     return pixels
+
+
+def _memory(size: int) -> np.ndarray:
+    """At least `size` bytes, those of the thread if they are not too many: fresh pages can cost as much as decoding."""
+    if size > _MOST_KEPT_BYTES:
+        return np.empty(size, np.uint8)
+    kept: np.ndarray | None = getattr(_kept, "memory", None)
+    if kept is None or kept.size < size:
+        kept = _kept.memory = np.empty(size, np.uint8)
+    return kept
 
 
 # ---- warnings --------------------------------------------------------------------------------------------------------
@@ -88,7 +115,7 @@ def _judge(data: bytes, mode: str, warning: str) -> None:
 
 def _warning(data: bytes, mode: str) -> str:
     try:
-        simplejpeg.decode_jpeg(data, _COLOUR_SPACES[mode][0], min_factor=8)
+        simplejpeg.decode_jpeg(data, _COLOUR_SPACES[mode], min_factor=8)
     except ValueError as error:
         return str(error)
     return ""

@@ -1,6 +1,7 @@
 """Damaged files are refused, and files that only look damaged are not. The figures are those of `benchmarks.damage`."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -48,6 +49,27 @@ def test_good_jpegs_have_the_pixels_and_bytes_that_they_had() -> None:
                     assert np.array_equal(prepared.pixels, wanted), file.encoder
             assert prepared.record["reencoded"] == ("arithmetic" in file.encoder), file.encoder
             assert prepared.record["reencoded"] or prepared.member == file.content
+
+
+def test_pixels_of_one_image_stay_when_the_next_is_decoded_into_the_same_memory() -> None:
+    first, second = (Image.new("RGB", (640, 480), colour) for colour in ("red", "navy"))
+    for form in ("jpg", "png"):
+        for size_px in (None, 120):
+            rules = ImageRules(size_px=size_px, format=form)  # type: ignore[arg-type]
+            kept = prepare(encoded(first, "JPEG"), rules)
+            prepare(encoded(second, "JPEG"), rules)
+            assert np.abs(kept.pixels.astype(int) - (255, 0, 0)).max() <= 2
+
+
+def test_images_are_decoded_side_by_side_by_threads() -> None:
+    contents = [encoded(TEXTURE.resize((400 + 10 * n, 300)), "JPEG") for n in range(24)]
+    rules = ImageRules(size_px=None)
+    with ThreadPoolExecutor(8) as pool:
+        for content, prepared in zip(
+            contents, pool.map(lambda content: prepare(content, rules), contents), strict=True
+        ):
+            with Image.open(io.BytesIO(content)) as image:
+                assert np.array_equal(prepared.pixels, np.asarray(image))
 
 
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
