@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import pyarrow as pa
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, WebPImagePlugin
 
 from extract.images import damage, encoding, jpeg, sniff
@@ -470,7 +471,7 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules, decoded: b
         except (OSError, ValueError) as error:  # WebP cannot hold every large picture
             raise ImageProblem("cannot_encode", f"it cannot be stored as {rules.format}: {error}") from error
         member = buffer.getvalue()
-    pixels = np.array(image) if untouched or rules.format == "png" else _decode(member) if decoded else None
+    pixels = _array(image) if untouched or rules.format == "png" else _decode(member) if decoded else None
     record = {
         "original_size": [width, height],
         "size": [image.width, image.height],
@@ -488,4 +489,15 @@ def _finish(loaded: _Loaded, source: bytes | None, rules: ImageRules, decoded: b
 
 def _decode(member: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(member)) as image:
+        image.load()
+        return _array(image)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3), writable: the pixels of an RGB image, copied once where numpy would copy them three times."""
+    try:
+        cells = pa.array(image)
+    except ValueError:  # a large image lies in several pieces
         return np.array(image)
+    values = cells.flatten().to_numpy().reshape(image.height, image.width, 4)
+    return np.asarray(cv2.cvtColor(values, cv2.COLOR_RGBA2RGB))
