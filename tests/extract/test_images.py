@@ -290,3 +290,11 @@ def test_only_rgb_pixels_are_taken_as_arrays() -> None:
     for wrong in (np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.float32), np.zeros((64, 64, 4), np.uint8)):
         with pytest.raises(TypeError):
             prepare(wrong, ImageRules())
+
+
+@pytest.mark.parametrize("side", [2000, 2200])  # in one piece of Pillow's memory, and in two
+def test_pixels_of_large_images_are_those_of_the_stored_file(side: int) -> None:
+    source = np.asarray(photo().resize((side, side)))
+    prepared = prepare(source, ImageRules(size_px=None))
+    with Image.open(io.BytesIO(prepared.member)) as image:
+        assert np.array_equal(prepared.pixels, np.asarray(image)) and prepared.pixels.flags.writeable
