@@ -294,7 +294,7 @@ def test_only_rgb_pixels_are_taken_as_arrays() -> None:
 
 @pytest.mark.parametrize("side", [2000, 2200])  # in one piece of Pillow's memory, and in two
 def test_pixels_of_large_images_are_those_of_the_stored_file(side: int) -> None:
-    source = np.asarray(photo().resize((side, side)))
+    source = np.asarray(photo(side, side))
     prepared = prepare(source, ImageRules(size_px=None))
     with Image.open(io.BytesIO(prepared.member)) as image:
         assert np.array_equal(prepared.pixels, np.asarray(image)) and prepared.pixels.flags.writeable
