@@ -22,6 +22,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, byt
     return contents(out), time.monotonic() - begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(0, 4)])
 def test_killed_at_random_and_run_again_the_dataset_is_the_same_to_the_byte(
     undisturbed: tuple[dict[str, bytes], float], tmp_path: Path, number: int, workers: int

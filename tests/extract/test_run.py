@@ -119,6 +119,7 @@ def failures(folder: Path) -> dict[str, str]:
     return {line["key"]: line["reason"] for shard in dataset.shard_names() for line in dataset.failures(shard)}
 
 
+@pytest.mark.slow
 def test_only_an_input_that_kills_its_worker_alone_is_blamed(extract: Extract, tmp_path: Path) -> None:
     shades = list(range(24))
     shades[3], shades[10], shades[17] = KILLS_ALWAYS, KILLS_TWICE, FAILS

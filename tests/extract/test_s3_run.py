@@ -31,6 +31,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
         yield trouble
 
 
+@pytest.mark.slow
 def test_killed_under_throttling_and_run_again_nothing_is_lost(store: Trouble) -> None:
     store.share, folder = 0.15, Folder(URL)
     killed = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -54,6 +54,7 @@ def test_every_row_has_its_turn() -> None:
     assert {row for mix in mixes() for row in mix.values()} == set(ROWS) - WITHOUT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", mixes(), ids=lambda mix: mix["depth"])
 def test_rows_run_from_their_published_format_and_the_dataset_verifies(
     cluster: None, mix: dict[str, str], pictures: Path, tmp_path: Path

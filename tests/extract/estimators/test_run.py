@@ -76,6 +76,7 @@ def members(out: Path) -> dict[str, dict[str, bytes]]:
     return {key: dict(dataset.read_at(mark, key).members) for mark in dataset.marks() for key in mark["index"]}
 
 
+@pytest.mark.slow
 def test_one_run_verifies_and_each_change_remakes_what_it_must_and_nothing_else(
     cluster: None, pictures: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
