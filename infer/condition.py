@@ -5,8 +5,9 @@ made of it; the rest is sampled as ever and attends to it. There are two ways:
 
     noised    a(t) x0 + s(t) noise, as noisy as the rest: two streams at one timestep, as in the paper's training. At first
               little can be read of it.
-    clean     x0 at timestep 0, from the first step on: for runs that were trained so for a part of their samples
-              (lora.known_stream). A stream that is known in part is noised: one row has one timestep.
+    clean     x0 at timestep 0, from the first step on: for runs that were trained with timesteps of each stream's own
+              (lora.known_stream, lora.independent_timesteps). A stream that is known in part is noised: one row has one
+              timestep.
 """
 
 import math

@@ -164,9 +164,9 @@ class CoGenerator:
         scheduler: for this call another one of diffusers, by name (SCHEDULERS). intrinsics=False: images only; the
         intrinsic stream stops as soon as it can no longer change them. shares: record the attention shares (True: means;
         "map": of every query). given: a known image or known maps, one for all images or one for each. hold: how the network
-        sees what is given (infer.condition); "clean" by default if the run was trained for it, else "noised". depth: what
-        generated depth is decoded to, the run's own range by default. options: everything else that the pipeline's own call
-        or its encode_prompt takes.
+        sees what is given (infer.condition); "clean" by default if the run has seen streams at different timesteps, else
+        "noised". depth: what generated depth is decoded to, the run's own range by default. options: everything else that the
+        pipeline's own call or its encode_prompt takes.
 
         Raises UsageError for arguments that do not fit, UserError when the result is not finite.
         """
@@ -338,8 +338,9 @@ class CoGenerator:
             handle.remove()
 
     def _usual_hold(self) -> Hold:
-        """How the run was trained to see a stream that is known."""
-        return "clean" if self.run.manifest.training.get("known_stream") else "noised"
+        """How the run was trained to see a stream that is known: clean, if it has seen streams at different timesteps."""
+        training = self.run.manifest.training
+        return "clean" if training.get("known_stream") or training.get("independent_timesteps") else "noised"
 
     def _placed_vae(self) -> Any:
         return self.vae.to(get_module_execution_device(self.pipeline.vae))

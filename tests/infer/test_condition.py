@@ -150,11 +150,12 @@ def test_the_run_says_how_what_is_given_is_held():
     generator = loaded("sd15")
     training = generator.run.manifest.training
     assert generator(PROMPT, given=Given(image=noise_picture()), steps=1).settings["hold"] == "noised"
-    training["known_stream"] = 0.3
-    try:
-        assert generator(PROMPT, given=Given(image=noise_picture()), steps=1).settings["hold"] == "clean"
-    finally:
-        del training["known_stream"]
+    for setting in ("known_stream", "independent_timesteps"):
+        training[setting] = 0.3
+        try:
+            assert generator(PROMPT, given=Given(image=noise_picture()), steps=1).settings["hold"] == "clean"
+        finally:
+            del training[setting]
     assert "hold" not in generator(PROMPT, **SMALL).settings
 
 
