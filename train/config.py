@@ -14,7 +14,7 @@ from infer.embedded import GUIDANCE
 from shards.core.config import load_config, read_toml
 from shards.core.errors import UsageError
 from shards.intrinsics import INTRINSICS
-from train.rates import warmup_cosine
+from train.rates import cosine
 
 
 def _check(table: str, config: Any, positive: Sequence[str] = (), shares: Sequence[str] = ()) -> None:
@@ -105,9 +105,11 @@ class LoopConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then constant, or a cosine down to 1 %."""
-        if self.schedule == "cosine":
-            return self.learning_rate * warmup_cosine(step, self.steps, self.warmup)
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * cosine((step - self.warmup) / max(1, self.steps - self.warmup))
 
 
 BOOKKEEPING = {"checkpoint_every", "keep", "validate_every", "sheets", "log_every", "wandb"}
