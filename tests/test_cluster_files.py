@@ -85,52 +85,6 @@ def test_a_head_that_does_not_start_ends_the_job(slurm: dict[str, str], tmp_path
     assert done.returncode == 1 and "error: Ray's head ended on node1" in done.stderr
 
 
-@pytest.mark.slow
-def test_the_end_of_a_slurm_job_leaves_the_ray_of_another_job_on_the_node_alone(
-    slurm: dict[str, str], tmp_path: Path, short_path: Path
-) -> None:
-    ray = Path(sys.executable).parent / "ray"
-    (tmp_path / "bin" / "ray").unlink()
-    (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\necho node1\n")
-    srun = 'case "$*" in *hostname*) echo 127.0.0.1;; *) shift 3; exec "$@";; esac'
-    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\n{srun}\n")
-    environment = slurm | {
-        "PATH": f"{tmp_path / 'bin'}:{ray.parent}:/usr/bin:/bin",
-        "RAY_TMPDIR": str(short_path),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "SLEEPS": "30",
-    }
-    start = [
-        ray,
-        "start",
-        "--head",
-        "--node-ip-address=127.0.0.1",
-        "--port=21123",
-        "--include-dashboard=false",
-        "--block",
-    ]
-    other = subprocess.Popen([*start, "--ray-client-server-port=21124"], env=environment, stdout=subprocess.DEVNULL)
-    try:
-        health = [ray, "health-check", "--address", "127.0.0.1:21123"]
-        deadline = time.monotonic() + 120
-        while subprocess.run(health, env=environment, capture_output=True, check=False).returncode:
-            assert other.poll() is None and time.monotonic() < deadline, "the other job's Ray does not start"
-            time.sleep(1)
-        before = processes_of_ray()
-        job = ["bash", str(CLUSTER / "extract.slurm"), "demo"]
-        done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=180)
-        assert done.returncode == 0, done.stderr
-        assert "python -m extract demo --address 127.0.0.1:20077" in notes(slurm)
-        after = processes_of_ray()
-        assert before <= after and other.poll() is None, "the other job's Ray was ended"
-        assert not any(":20077" in command for _, command in after - before), "the job's own Ray lives on"
-        assert subprocess.run(health, env=environment, capture_output=True, check=False).returncode == 0
-    finally:
-        other.terminate()
-        other.wait(timeout=60)
-
-
 def processes_of_ray() -> set[tuple[int, str]]:
     """(process, command) of the servers that make up a Ray cluster on this machine."""
     found = set()
