@@ -25,6 +25,21 @@ app = new_app(
 
 DEMO_PROMPT = "a red sphere left of a blue cube on a wooden floor"
 
+# Options that drawing and evaluating share
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16.", show_default="bfloat16 on a GPU, else float32")
+]
+OtherWeightsOption = Annotated[
+    bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
+]
+VariantOption = Annotated[str | None, typer.Option(help="Of the base's weights, as in fp16.", show_default="plain")]
+BaseConfigOption = Annotated[
+    str | None, typer.Option(help="For a base in one file: a diffusers folder of its kind.", show_default="the hub's")
+]
+EmbeddingOption = Annotated[
+    list[str] | None, typer.Option(help="A textual inversion, FILE or TOKEN=FILE; may be given several times.")
+]
+
 
 @app.command()
 def sample(
@@ -72,25 +87,14 @@ def sample(
     shards: Annotated[bool, typer.Option("--shards", help="Write a dataset of WebDataset shards.")] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", show_default="a GPU if there is one")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16.", show_default="bfloat16 on a GPU, else float32")
-    ] = None,
+    dtype: DtypeOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that are made at once.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers, a GPU each where there are GPUs.")] = 1,
     address: Annotated[str, typer.Option(help="The Ray cluster: local, auto, or HOST:PORT.")] = "local",
-    other_weights: Annotated[
-        bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
-    ] = False,
-    variant: Annotated[
-        str | None, typer.Option(help="Of the base's weights, as in fp16.", show_default="plain")
-    ] = None,
-    base_config: Annotated[
-        str | None,
-        typer.Option(help="For a base in one file: a diffusers folder of its kind.", show_default="the hub's"),
-    ] = None,
-    embedding: Annotated[
-        list[str] | None, typer.Option(help="A textual inversion, FILE or TOKEN=FILE; may be given several times.")
-    ] = None,
+    other_weights: OtherWeightsOption = False,
+    variant: VariantOption = None,
+    base_config: BaseConfigOption = None,
+    embedding: EmbeddingOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Draws images together with their intrinsics.
@@ -270,22 +274,11 @@ def evaluate(
     hps: Annotated[str | None, typer.Option(help="HPSv2: its model as a CLIPModel, folder or hub id.")] = None,
     image_reward: Annotated[str | None, typer.Option(help="ImageReward: the folder that holds its checkpoint.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", show_default="a GPU if there is one")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16.", show_default="bfloat16 on a GPU, else float32")
-    ] = None,
-    other_weights: Annotated[
-        bool, typer.Option("--other-weights", help="The base is a fine-tuned variant of the run's base.")
-    ] = False,
-    variant: Annotated[
-        str | None, typer.Option(help="Of the base's weights, as in fp16.", show_default="plain")
-    ] = None,
-    base_config: Annotated[
-        str | None,
-        typer.Option(help="For a base in one file: a diffusers folder of its kind.", show_default="the hub's"),
-    ] = None,
-    embedding: Annotated[
-        list[str] | None, typer.Option(help="A textual inversion, FILE or TOKEN=FILE; may be given several times.")
-    ] = None,
+    dtype: DtypeOption = None,
+    other_weights: OtherWeightsOption = False,
+    variant: VariantOption = None,
+    base_config: BaseConfigOption = None,
+    embedding: EmbeddingOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Draws every prompt with every method and seed, measures the images, and compares the methods with the base.
@@ -319,7 +312,7 @@ def evaluate(
             seeds=seeds,
             map_seeds=map_seeds,
             batch=batch,
-            hold=hold,  # type: ignore[arg-type]  # checked by Drawing
+            hold=hold,  # type: ignore[arg-type]  # checked by EvaluationOptions
             device=device,
             dtype=dtype,
             other_weights=other_weights,

@@ -374,34 +374,31 @@ class _Workers:
         """The jobs that are not done yet, lazily and in order; those that are done are counted."""
         from extract.workers.cluster import Job
 
-        begun = _begun(
-            self.folder
-        )  # no others need be looked for, which would cost an object store several requests each
+        # No others need be looked for, which would cost an object store several requests each
+        begun = _begun(self.folder)
         ids = {name: row["id"] for name, row in self.info["estimators"].items()}
         lacking = sorted(ids.keys() - {name for task in self.tasks for name in task.intrinsics})
         for unit in units:
-            made = made_of(unit, ids, self.config.image)
+            made, name, mark = made_of(unit, ids, self.config.image), shard_name(unit.index), None
             if unit.index < len(begun) and begun[unit.index]:
-                name = shard_name(unit.index)
                 recover(self.folder, name)
                 mark = committed_mark(self.folder, name)
-                if mark is not None:
-                    if sentence := self.changes.look(name, mark["made"], made, unit.files):
-                        self.tally.say(sentence)
-                    if is_current(mark["made"], made):
-                        self.tally.count(unit.index, mark["counts"], uncaptioned(mark), again=True)
-                        continue
-                elif lacking:
-                    self._refuse(unit, lacking)
+
+            if mark is not None:
+                if sentence := self.changes.look(name, mark["made"], made, unit.files):
+                    self.tally.say(sentence)
+                if is_current(mark["made"], made):
+                    self.tally.count(unit.index, mark["counts"], uncaptioned(mark), again=True)
+                    continue
             elif lacking:
-                self._refuse(unit, lacking)
+                self._refuse(name, lacking)
             yield Job(unit, made)
 
-    def _refuse(self, unit: Unit, lacking: Sequence[str]) -> None:
+    def _refuse(self, name: str, lacking: Sequence[str]) -> None:
         """Raises UserError: the samples of a shard that is new would lack maps that the others have."""
         raise UserError(
             f"{self.folder} was begun with other settings: its samples have {', '.join(lacking)}, which this run does not "
-            f"make, and shard {shard_name(unit.index)} is not made yet. Finish it with the estimators that it was begun with, "
+            f"make, and shard {name} is not made yet. Finish it with the estimators that it was begun with, "
             "or choose another --out"
         )
 
