@@ -208,6 +208,8 @@ def _describe(
             )
         made = {**old["estimators"], **made}
     elif others := [name for name in folder.list() if name.endswith((".tar", ".json"))]:
+        if DATASET in others:  # another run created it after this one had looked
+            return _describe(folder, config, source, tasks, earlier)
         raise UserError(f"{config.out} is not empty and holds no dataset ({others[0]}, ...); choose another --out")
     made = {name: made[name] for name in INTRINSICS if name in made}
     info = {
